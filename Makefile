@@ -1,0 +1,77 @@
+# Everything from a fresh checkout: `make demo` and `make test` create .venv, install torch, the pinned requirements and
+# the package with its compiled extension, and then run. Each step leaves a stamp file, so the second run starts at once,
+# and a change in csrc/ or setup.py builds again.
+#
+# Variables
+#   PYTHON       the interpreter that .venv is made of, 3.11 or newer (python3)
+#   TORCH        which torch (torch==2.13.0)
+#   TORCH_INDEX  further pip arguments for torch alone, such as --index-url URL of PyTorch's CPU builds
+#   ARGS         further arguments for pytest, the demo or the benchmark
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+TORCH_INDEX ?=
+VENV ?= .venv
+ARGS ?=
+
+BIN := $(VENV)/bin
+PY := $(BIN)/python
+STAMPS := $(VENV)/stamps
+SOURCES := pyproject.toml $(wildcard setup.py MANIFEST.in) $(shell find csrc -type f 2>/dev/null)
+CXX_SOURCES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.hpp' -o -name '*.inc')
+
+.PHONY: help install demo test test-full lint bench clean
+.DEFAULT_GOAL := help
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
+
+demo: install  ## train a character model with torch.nn and with fastseq, side by side (2 minutes; writes demo.png)
+	$(PY) -m fastseq demo $(ARGS)
+
+test: install  ## the quick tier of tests
+	$(PY) -m pytest $(ARGS)
+
+test-full: install  ## every combination
+	$(PY) -m pytest --full $(ARGS)
+
+lint: install  ## ruff, mypy and clang-format, changing nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(if $(CXX_SOURCES),$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES))
+
+bench: install  ## time both libraries, store benchmarks/results/cpu.json and write the README's table from it
+	$(PY) -m fastseq bench --json benchmarks/results/cpu.json $(ARGS)
+	$(PY) -m benchmarks.table
+
+install: $(STAMPS)/package  ## .venv with the package in editable mode
+
+$(STAMPS)/venv:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "fastseq needs Python 3.11 or newer, and '$(PYTHON)' is not: run make with PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' || { \
+		echo "'$(PYTHON)' cannot create virtual environments: install its venv package (Debian: python3-venv)" >&2; exit 1; }
+	@$(PYTHON) -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' || { \
+		echo "'$(PYTHON)' has no header files (Python.h): install its development package (Debian: python3-dev)" >&2; exit 1; }
+	@command -v $(CXX) > /dev/null || { \
+		echo "no C++ compiler '$(CXX)': install one (Debian: g++), or name another with CXX=" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@mkdir -p $(STAMPS) && touch $@
+
+$(STAMPS)/torch: $(STAMPS)/venv
+	$(BIN)/pip install --disable-pip-version-check $(TORCH_INDEX) "$(TORCH)"
+	@touch $@
+
+$(STAMPS)/requirements: $(STAMPS)/torch requirements-dev.txt
+	$(BIN)/pip install --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+$(STAMPS)/package: $(STAMPS)/requirements $(SOURCES)
+	$(BIN)/pip install --disable-pip-version-check --no-build-isolation --no-deps -e .
+	@touch $@
+
+clean:  ## remove builds and caches, and .venv
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find fastseq -name '*.so' -delete
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
