@@ -1,0 +1,69 @@
+// What Python hands to a kernel: pointers, strides and sizes, nothing about torch.
+//
+// All arrays are dense and row-major but for x and grad_y, whose strides over time and batch are given in elements. T is the
+// number of steps, B the batch, I the input size, H the hidden size, P the size of h (H, or the projection's).
+// Storage is what the user's tensors hold; arithmetic is in float (double for double).
+#pragma once
+
+#include <stdint.h>
+
+namespace fastseq {
+
+enum class Storage : int { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3 };
+enum class Activation : int { kTanh = 0, kRelu = 1, kLogistic = 2, kIdentity = 3 };
+
+// Bits of a step flag, uint8 [T, B]: see fastseq/ops/flags.py.
+constexpr uint8_t kFlagReset = 1;    // take the zero state before this step
+constexpr uint8_t kFlagPadding = 2;  // carry the state, emit zeros
+
+// Tape layout, the same for every instruction set: hidden sizes rounded up to 16, and 16 columns more behind
+// the gates, so that rows of a power-of-two width do not fall on the same cache sets.
+constexpr int64_t kTapeAlign = 16;
+constexpr int64_t kTapePad = 16;
+inline int64_t tape_width(int64_t hidden) { return (hidden + kTapeAlign - 1) / kTapeAlign * kTapeAlign; }
+inline int64_t gates_width(int64_t hidden, int64_t gates) { return gates * tape_width(hidden) + kTapePad; }
+
+// One layer in one direction: an LSTM, or an Elman layer (`activation`, no c, no w_hr).
+struct ForwardParams {
+  Storage storage;
+  Activation activation;
+  int64_t T, B, I, H, P;
+  int64_t x_stride_t, x_stride_b;
+  const void *x, *h0, *c0;                       // [T, B, I], [B, P], [B, H]
+  const void *w_ih, *w_hh, *b_ih, *b_hh, *w_hr;  // [GH, I], [GH, P], [GH] or null, [GH] or null, [P, H] or null
+  const uint8_t* flags;                          // [T, B] or null
+  bool reverse;
+  void *y, *h_n, *c_n;  // [T, B, P], [B, P], [B, H]
+  void *c, *gates;      // tape [T, B, tape_width] and [T, B, gates_width] in arithmetic type, or null
+  int threads;
+};
+
+struct BackwardParams {
+  Storage storage;
+  Activation activation;
+  int64_t T, B, I, H, P;
+  int64_t x_stride_t, x_stride_b, grad_y_stride_t, grad_y_stride_b;
+  const void *grad_y, *grad_h_n, *grad_c_n;  // each may be null: no gradient came
+  const void *x, *h0, *c0, *w_ih, *w_hh, *w_hr;
+  const uint8_t* flags;
+  bool reverse;
+  const void *y, *c, *gates;
+  void* dgates;                              // [T, B, gates_width]; may be `gates` itself
+  void *dx, *dh0, *dc0;                      // each may be null: not asked for
+  void *dw_ih, *dw_hh, *db, *dw_hr;          // likewise
+  int threads;
+};
+
+using ForwardFn = void (*)(const ForwardParams&);
+using BackwardFn = void (*)(const BackwardParams&);
+
+// What one instruction set exports.
+struct KernelTable {
+  const char* name;
+  ForwardFn lstm_forward;
+  BackwardFn lstm_backward;
+  ForwardFn rnn_forward;
+  BackwardFn rnn_backward;
+};
+
+}  // namespace fastseq

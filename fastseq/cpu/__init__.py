@@ -1,0 +1,57 @@
+"""Launchers of the C++ kernels in ``fastseq._cpu``: tensors in, pointers down, tensors out.
+
+An extension that was never built is allowed, and said by :func:`why_unavailable`; one that is there and does not load raises,
+since a broken build must not look like a slow one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+from collections.abc import Iterator
+
+import torch  # noqa: F401  (loads the OpenMP runtime that the extension shares)
+
+if importlib.util.find_spec("fastseq._cpu") is None:
+    _cpu = None
+else:
+    from fastseq import _cpu  # type: ignore[attr-defined,no-redef]
+
+__all__ = ["available", "isa", "isas", "use_isa", "why_unavailable"]
+
+
+def available() -> bool:
+    """Whether the C++ kernels can serve CPU tensors."""
+    return _cpu is not None
+
+
+def why_unavailable() -> str | None:
+    """The reason why :func:`available` is False, or None."""
+    return None if available() else "the extension fastseq._cpu was not built: reinstall with a C++ compiler (g++) present"
+
+
+def isa() -> str:
+    """The instruction set in use, such as ``"avx512"``; ``"none"`` without the extension."""
+    return "none" if _cpu is None else str(_cpu.isa())
+
+
+def isas() -> list[str]:
+    """The compiled instruction sets that this machine can run, best first."""
+    return [] if _cpu is None else list(_cpu.isas())
+
+
+@contextlib.contextmanager
+def use_isa(name: str) -> Iterator[None]:
+    """Run the C++ kernels with instruction set ``name`` inside the ``with`` block, in every thread of the process.
+
+    Raises:
+        RuntimeError: there is no extension, or ``name`` was not compiled or cannot run on this machine.
+    """
+    if _cpu is None:
+        raise RuntimeError(why_unavailable())
+    before = _cpu.isa()
+    _cpu.use_isa(name)
+    try:
+        yield
+    finally:
+        _cpu.use_isa(before)
