@@ -1,0 +1,105 @@
+"""What the commands share: the one expected error, optional packages, files to write, and environment facts."""
+
+import argparse
+import importlib
+import json
+import os
+import tempfile
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+
+class CommandError(Exception):
+    """Something the user can mend: shown as one line, without a traceback; exit status 2."""
+
+
+def require(name: str, purpose: str) -> ModuleType:
+    """Imports the optional package that a command draws with.
+
+    Raises:
+        CommandError: naming the package, what wanted it, and how to install it.
+    """
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        package = name.partition(".")[0]
+        if error.name is None or error.name.partition(".")[0] != package:
+            raise  # the package is there, but something inside it is missing: that message is the useful one
+        raise CommandError(
+            f"{purpose} needs the package '{package}', which is not installed: pip install 'fastseq[cli]'"
+        ) from None
+
+
+def check_writable(path: Path) -> None:
+    """Called before a long run, so that it does not fail after it. An existing file keeps its contents.
+
+    Raises:
+        CommandError: when it is a folder, its folder does not exist, or writing is not permitted.
+    """
+    if path.is_dir():
+        raise CommandError(f"cannot write {path}: it is a folder")
+    try:
+        if path.exists():
+            with path.open("ab"):
+                pass
+        else:
+            with tempfile.NamedTemporaryFile(dir=path.parent):
+                pass
+    except OSError as error:
+        raise CommandError(f"cannot write {path}: {error.strerror or error}") from None
+
+
+def write_json(path: Path, data: dict[str, Any]) -> None:
+    """Writes ``data`` to ``path``."""
+    text = json.dumps(data, indent=2, ensure_ascii=False) + "\n"
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise CommandError(f"cannot write {path}: {error.strerror or error}") from None
+
+
+def add_json_argument(parser: argparse.ArgumentParser) -> None:
+    """The option that every command has."""
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to FILE as JSON too")
+
+
+def positive_int(text: str) -> int:
+    """An argparse type: a whole number of at least 1."""
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}") from None
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a number of at least 1, got {value}")
+    return value
+
+
+def positive_float(text: str) -> float:
+    """An argparse type: a finite number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number, got {text!r}") from None
+    if not 0.0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a finite number above 0, got {text}")
+    return value
+
+
+def cpu_model() -> str:
+    """The processor's name as Linux gives it, or what ``platform`` knows elsewhere."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() in ("model name", "Model name", "Hardware"):
+                return value.strip()
+    except OSError:
+        pass
+    import platform
+
+    return platform.processor() or platform.machine()
+
+
+def usable_cores() -> int:
+    """Cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
