@@ -1,0 +1,178 @@
+"""``python -m fastseq check``: every operation, implementation, instruction set and dtype against a float64 reference.
+
+It runs on the user's own machine what the tests run elsewhere, by the same rule (``fastseq.testing.compare``).
+"""
+
+import argparse
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastseq.cli import console
+
+OPERATIONS = ("lstm", "rnn")
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Declares the command and its options."""
+    parser = commands.add_parser(
+        "check",
+        help="compare every operation, backend and dtype with the float64 reference",
+        description="Compares results and gradients of every operation, implementation, instruction set and dtype that "
+        "can run on this machine with the reference in float64. Exit status 1 on a mismatch.",
+    )
+    parser.add_argument("--op", choices=OPERATIONS, action="append", help="only this operation (may be repeated)")
+    parser.add_argument("--dtype", choices=DTYPES, action="append", help="only this dtype (may be repeated)")
+    console.add_json_argument(parser)
+    parser.set_defaults(run=run)
+
+
+@dataclass(frozen=True)
+class Target:
+    """One thing to check: all cases of an operation, by one implementation, in one dtype."""
+
+    op: str
+    implementation: str
+    isa: str | None  # only the C++ kernels have several
+    dtype: str
+
+    def __str__(self) -> str:
+        return ", ".join(filter(None, (self.op, self.implementation, self.isa, self.dtype)))
+
+
+@dataclass
+class Outcome:
+    """What the comparisons of one target came to."""
+
+    target: Target
+    cases: int = 0
+    tensors: int = 0
+    worst: float = 0.0  # the largest error as a share of what is allowed
+    worst_at: str = ""
+    failures: list[str] = field(default_factory=list)
+
+
+def cases(op: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Name and float64 inputs of each case: plain, odd sizes, one step, one unit, no bias, reverse, lengths, resets."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    def inputs(
+        T: int, B: int, I: int, H: int, bias: bool = True, P: int | None = None, **options: Any
+    ) -> dict[str, Any]:
+        gates = 4 if op == "lstm" else 1
+        out = P or H
+        made: dict[str, Any] = {"x": random(T, B, I), "h0": random(B, out)}
+        if op == "lstm":
+            made["c0"] = random(B, H)
+        made |= {"w_ih": random(gates * H, I) * I**-0.5, "w_hh": random(gates * H, out) * out**-0.5}
+        if bias:
+            made |= {"b_ih": random(gates * H), "b_hh": random(gates * H)}
+        if P is not None:
+            made["w_hr"] = random(P, H) * H**-0.5
+        return made | options
+
+    lengths = torch.tensor([9, 0, 4, 1, 7])
+    reset = torch.rand(9, 5, generator=generator) < 0.3
+    yield "plain", inputs(9, 5, 24, 32)
+    yield "one of everything", inputs(1, 1, 1, 1)
+    yield "odd sizes", inputs(5, 3, 63, 65)
+    yield "more odd sizes", inputs(4, 7, 17, 130)
+    yield "no bias", inputs(9, 5, 8, 20, bias=False)
+    yield "reverse", inputs(9, 5, 24, 32, reverse=True)
+    yield "lengths", inputs(9, 5, 24, 33, lengths=lengths)
+    yield "resets", inputs(9, 5, 24, 33, reset=reset)
+    yield "lengths, resets, reverse", inputs(9, 5, 24, 33, lengths=lengths, reset=reset, reverse=True)
+    if op == "lstm":
+        yield "projection", inputs(9, 5, 24, 32, P=13)
+        yield "projection, lengths, reverse", inputs(9, 5, 24, 32, P=13, lengths=lengths, reverse=True)
+    if op == "rnn":
+        yield "relu", inputs(9, 5, 24, 33, nonlinearity="relu")
+        yield "sigmoid", inputs(9, 5, 24, 33, nonlinearity="sigmoid")
+
+
+def targets(operations: list[str], dtypes: list[str]) -> Iterator[Target]:
+    """Everything that can run on this machine."""
+    from fastseq import cpu, testing
+
+    for op in operations:
+        for implementation in testing.implementations(op):
+            for isa in cpu.isas() if implementation == "cpp" else [None]:
+                for dtype in dtypes:
+                    yield Target(op, implementation, isa, dtype)
+
+
+def examine(target: Target) -> Outcome:
+    """Runs all cases of one target. An exception in an implementation is a failure like a wrong number."""
+    from contextlib import nullcontext
+
+    from fastseq import cpu, testing
+
+    outcome = Outcome(target)
+    with cpu.use_isa(target.isa) if target.isa is not None else nullcontext():
+        for name, inputs in cases(target.op):
+            outcome.cases += 1
+            try:
+                comparisons = testing.compare(
+                    target.op, inputs, implementation=target.implementation, dtype=DTYPES[target.dtype]
+                )
+            except Exception as error:
+                outcome.failures.append(f"{name}: {type(error).__name__}: {error}")
+                continue
+            for comparison in comparisons:
+                outcome.tensors += 1
+                share = comparison.error / comparison.allowed
+                if not share <= outcome.worst:  # so that NaN is the worst of all
+                    outcome.worst, outcome.worst_at = share, f"{name}: {comparison.name}"
+                if not comparison.ok:
+                    outcome.failures.append(
+                        f"{name}: {comparison.name}: error {comparison.error:.2e}, allowed {comparison.allowed:.2e}"
+                    )
+    return outcome
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the comparisons; 1 when one of them fails."""
+    console.require("rich", "check")
+    from rich.console import Console
+    from rich.progress import track
+    from rich.table import Table
+
+    import fastseq
+
+    out = Console(highlight=False)
+    facts = fastseq.info()
+    todo = list(targets(args.op or list(OPERATIONS), args.dtype or list(DTYPES)))
+    outcomes = [examine(target) for target in track(todo, "comparing", console=out, transient=True)]
+
+    table = Table("operation", "implementation", "instructions", "dtype", "cases", "tensors", "error / allowed", "")
+    for outcome in outcomes:
+        table.add_row(
+            outcome.target.op,
+            outcome.target.implementation,
+            outcome.target.isa or "–",
+            outcome.target.dtype,
+            str(outcome.cases),
+            str(outcome.tensors),
+            f"{outcome.worst:.2f}",
+            "[bold red]WRONG[/]" if outcome.failures else "[green]ok[/]",
+        )
+    out.print(table)
+    failures = [f"{outcome.target}: {failure}" for outcome in outcomes for failure in outcome.failures]
+    for failure in failures:
+        out.print(failure, markup=False, soft_wrap=True)
+    tensors = sum(outcome.tensors for outcome in outcomes)
+    if facts["cpu"]["why_unavailable"] is not None:
+        out.print(f"The C++ kernels were not checked: {facts['cpu']['why_unavailable']}", markup=False)
+    out.print(f"{tensors} tensors compared, {len(failures)} mismatches.")
+    if args.json is not None:
+        console.write_json(
+            args.json, {"ok": not failures, "info": facts, "outcomes": [asdict(outcome) for outcome in outcomes]}
+        )
+    return 1 if failures else 0
