@@ -209,9 +209,9 @@ def environment() -> dict[str, Any]:
     return {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
         "commit": commit(),
-        "cpu": console.cpu_model(),
-        "cores": console.usable_cores(),
-        "threads": torch.get_num_threads(),
+        "cpu": facts["cpu"]["model"],
+        "cores": facts["cpu"]["cores"],
+        "threads": facts["cpu"]["threads"],
         "instruction_set": facts["cpu"]["isa"],
         "backends": {op: devices["cpu"]["backend"] for op, devices in facts["ops"].items()},
         "fastseq": facts["fastseq"],

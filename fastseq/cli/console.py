@@ -1,9 +1,8 @@
-"""What the commands share: the one expected error, optional packages, files to write, and environment facts."""
+"""What the commands share: the one expected error, optional packages, and files to write."""
 
 import argparse
 import importlib
 import json
-import os
 import tempfile
 from pathlib import Path
 from types import ModuleType
@@ -84,22 +83,3 @@ def positive_float(text: str) -> float:
     if not 0.0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"expected a finite number above 0, got {text}")
     return value
-
-
-def cpu_model() -> str:
-    """The processor's name as Linux gives it, or what ``platform`` knows elsewhere."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() in ("model name", "Model name", "Hardware"):
-                return value.strip()
-    except OSError:
-        pass
-    import platform
-
-    return platform.processor() or platform.machine()
-
-
-def usable_cores() -> int:
-    """Cores this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)

@@ -1,0 +1,87 @@
+"""``fastseq.info()``: what is installed, what this machine can run, and which backend serves each operation and why."""
+
+import importlib.util
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastseq import cpu
+from fastseq._version import __version__
+from fastseq.ops import dispatch
+
+SWITCHES = ("FASTSEQ_IMPL", "FASTSEQ_CPU_ISA", "OMP_NUM_THREADS", "TRITON_INTERPRET")
+
+
+def info() -> dict[str, Any]:
+    """Facts about this installation and this process, ready for JSON; ``python -m fastseq info`` prints them.
+
+    Returns:
+        A dictionary with
+
+        - ``fastseq``, ``torch``, ``python``, ``platform``: versions;
+        - ``cpu``: ``model``; ``kernels``, whether the C++ kernels are there; ``why_unavailable``, None or the reason;
+          ``isa``, the instruction set in use; ``isas``, those compiled that run here, best first; ``threads``, as
+          ``torch.get_num_threads()`` has it; ``cores``, how many this process may use; ``openmp``, the OpenMP libraries
+          that the process has loaded (more than one is a fault: they would compete for the cores);
+        - ``triton``: its version or None (nothing needs it yet);
+        - ``cuda``: ``available`` and ``device``, as torch has them;
+        - ``ops``: for each operation and device, ``backend`` (None when a forced one cannot serve) and ``why``;
+        - ``switches``: the environment variables that change any of this, None where not set.
+    """
+    has_cuda = torch.cuda.is_available()
+    return {
+        "fastseq": __version__,
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": {
+            "model": _cpu_model(),
+            "kernels": cpu.available(),
+            "why_unavailable": cpu.why_unavailable(),
+            "isa": cpu.isa(),
+            "isas": cpu.isas(),
+            "threads": torch.get_num_threads(),
+            "cores": _usable_cores(),
+            "openmp": _openmp_libraries(),
+        },
+        "triton": metadata.version("triton") if importlib.util.find_spec("triton") else None,
+        "cuda": {"available": has_cuda, "device": torch.cuda.get_device_name() if has_cuda else None},
+        "ops": {op: {device: _served(op, device) for device in ("cpu", "cuda")} for op in dispatch.OPS},
+        "switches": {name: os.environ.get(name) for name in SWITCHES},
+    }
+
+
+def _served(op: str, device: str) -> dict[str, str | None]:
+    try:
+        backend, why = dispatch.serving(op, device)
+    except RuntimeError as error:  # a forced implementation that cannot serve: to be reported, not raised
+        return {"backend": None, "why": str(error)}
+    return {"backend": backend, "why": why}
+
+
+def _cpu_model() -> str:
+    """The processor's name as Linux gives it, or what ``platform`` knows elsewhere."""
+    cpuinfo = Path("/proc/cpuinfo")
+    for line in cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else ():
+        key, _, value = line.partition(":")
+        if key.strip() == "model name":
+            return value.strip()
+    return platform.processor() or platform.machine()
+
+
+def _usable_cores() -> int:
+    """Cores this process may run on, which may be fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+
+
+def _openmp_libraries() -> list[str]:
+    """File names of the OpenMP runtimes mapped into this process; empty where the system does not tell."""
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        return []
+    files = {Path(line.split(maxsplit=5)[5]).name for line in maps.read_text().splitlines() if "/" in line}
+    return sorted(name for name in files if name.startswith(("libgomp", "libomp", "libiomp")))
