@@ -1,0 +1,26 @@
+"""fastseq: fast, exact recurrent networks for PyTorch."""
+
+import torch  # noqa: F401  # first: the C++ kernels share the OpenMP runtime that torch has loaded
+
+from fastseq import functional, reference, testing
+from fastseq._info import info
+from fastseq._version import __version__
+from fastseq.errors import ShapeError
+from fastseq.nn import LSTM, RNN, LSTMCell, RNNCell
+from fastseq.nn.convert import convert, patch, to_torch
+
+__all__ = [
+    "LSTM",
+    "RNN",
+    "LSTMCell",
+    "RNNCell",
+    "ShapeError",
+    "__version__",
+    "convert",
+    "functional",
+    "info",
+    "patch",
+    "reference",
+    "testing",
+    "to_torch",
+]
