@@ -48,7 +48,7 @@ def info() -> dict[str, Any]:
             "cores": _usable_cores(),
             "openmp": _openmp_libraries(),
         },
-        "triton": metadata.version("triton") if importlib.util.find_spec("triton") else None,
+        "triton": _triton_version(),
         "cuda": {"available": has_cuda, "device": torch.cuda.get_device_name() if has_cuda else None},
         "ops": {op: {device: _served(op, device) for device in ("cpu", "cuda")} for op in dispatch.OPS},
         "switches": {name: os.environ.get(name) for name in SWITCHES},
@@ -61,6 +61,18 @@ def _served(op: str, device: str) -> dict[str, str | None]:
     except RuntimeError as error:  # a forced implementation that cannot serve: to be reported, not raised
         return {"backend": None, "why": str(error)}
     return {"backend": backend, "why": why}
+
+
+def _triton_version() -> str | None:
+    """Read from its metadata, since importing it takes long; PyTorch's nightly builds bring it under another name."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    for distribution in ("triton", "pytorch-triton"):
+        try:
+            return metadata.version(distribution)
+        except metadata.PackageNotFoundError:
+            continue
+    return "of unknown version"
 
 
 def _cpu_model() -> str:

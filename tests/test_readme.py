@@ -1,0 +1,68 @@
+"""The README says what the code and the committed figures say."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # `benchmarks` is a folder of the checkout, not part of the package
+
+from benchmarks import table  # noqa: E402
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+EXAMPLE = ROOT / "examples" / "swap_lstm.py"
+
+
+def test_figures_are_those_of_the_results_file():
+    assert table.updated(README, table.load()) == README, "run: python -m benchmarks.table"
+
+
+def test_figures_are_rendered_row_by_row():
+    spread = {"median": 2.0, "p20": 1.5, "p80": 2.5}
+    facts = dict.fromkeys(("date", "cpu", "cores", "threads", "instruction_set", "torch", "python"), "x")
+    facts["commit"] = "c" * 40
+    case = {"op": "lstm", "T": 1, "B": 2, "I": 3, "H": 4, "lengths": True}
+    row = {"case": case, "mode": "training", "torch_ms": spread, "fastseq_ms": spread, "ratio": spread}
+    text = table.render({"environment": facts, "rounds": 9, "rows": [row]})
+    assert "| lstm, uneven lengths | 1, 2, 3, 4, 1 | training | 2 | 2 | 2.00 (1.50–2.50) |" in text
+    assert "commit `cccccccccccc`" in text
+
+
+def test_markers_are_required():
+    with pytest.raises(ValueError, match="markers"):
+        table.updated("no markers here", None)
+
+
+def test_example_is_the_file_that_runs():
+    code = re.search(r"<!-- example: examples/swap_lstm.py -->\n```python\n(.*?)```", README, re.DOTALL)
+    assert code is not None
+    assert EXAMPLE.read_text(encoding="utf-8").endswith(code[1])
+    done = subprocess.run([sys.executable, EXAMPLE], capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stderr
+    kind, _, difference = done.stdout.strip().rpartition(" ")
+    assert kind.startswith("<class 'fastseq.")
+    assert float(difference) <= 1e-6
+
+
+def test_commands_of_the_readme_exist():
+    from fastseq.cli.main import build_parser
+
+    parser = build_parser()
+    commands = set(re.findall(r"python -m fastseq (\w+)", README))
+    assert commands >= {"info", "check", "bench"}
+    for command in commands:
+        assert parser.parse_args([command]).command == command
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    assert set(re.findall(r"\bmake ([a-z-]+)", README)) <= targets
+
+
+def test_results_are_from_a_clean_commit():
+    results = table.load()
+    if results is None:
+        pytest.skip("no figures are committed")
+    assert re.fullmatch(r"[0-9a-f]{40}", results["environment"]["commit"]), "figures come from an uncommitted tree"
+    assert json.dumps(results["rows"])
