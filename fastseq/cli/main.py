@@ -1,6 +1,7 @@
 """Parses the command line and runs one command; turns the expected errors into one line and a non-zero exit status."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -32,7 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         for path in (args.json, getattr(args, "out", None)):
             if path is not None:
                 console.check_writable(path)
-        return int(args.run(args))
+        status = int(args.run(args))
+        sys.stdout.flush()
+        return status
     except console.CommandError as error:
         print(f"fastseq {args.command}: {error}", file=sys.stderr)
         return 2
@@ -41,5 +44,5 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         # The reader of a pipe (head, less) has gone. Point stdout elsewhere, so that its flush at exit is silent.
-        sys.stdout = open("/dev/null", "w")  # noqa: SIM115
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141

@@ -1,0 +1,66 @@
+"""``fastseq.info()`` and ``python -m fastseq info``."""
+
+import json
+import os
+import subprocess
+import sys
+
+import torch
+
+import fastseq
+from fastseq.cli.main import main
+
+
+def run(*arguments: str, **switches: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "fastseq", "info", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, **switches},
+    )
+
+
+def test_facts():
+    facts = fastseq.info()
+    assert facts["fastseq"] == fastseq.__version__
+    assert facts["torch"] == torch.__version__
+    assert facts["cpu"]["threads"] == torch.get_num_threads()
+    assert facts["cpu"]["isa"] in facts["cpu"]["isas"]
+    assert facts["cpu"]["why_unavailable"] is None
+    assert facts["ops"].keys() == {"lstm", "rnn"}
+    for devices in facts["ops"].values():
+        assert devices["cpu"]["backend"] == "cpp"
+        assert facts["cpu"]["isa"] in devices["cpu"]["why"]
+        assert devices["cuda"]["backend"] == "reference"
+
+
+def test_one_openmp_runtime():
+    assert len(fastseq.info()["cpu"]["openmp"]) == 1
+
+
+def test_json_is_what_info_returns(tmp_path, capsys):
+    target = tmp_path / "info.json"
+    assert main(["info", "--json", str(target)]) == 0
+    assert json.loads(target.read_text()) == fastseq.info()
+    printed = capsys.readouterr().out
+    assert fastseq.info()["cpu"]["model"] in printed
+
+
+def test_forced_implementation_is_told():
+    done = run(FASTSEQ_IMPL="reference")
+    assert done.returncode == 0, done.stderr
+    assert "forced" in done.stdout
+
+
+def test_forced_implementation_that_cannot_serve_is_told():
+    done = run(FASTSEQ_IMPL="triton")
+    assert done.returncode == 0, done.stderr
+    assert "cannot serve" in done.stdout
+
+
+def test_forced_instruction_set_is_told():
+    worst = fastseq.info()["cpu"]["isas"][-1]
+    done = run(FASTSEQ_CPU_ISA=worst)
+    assert done.returncode == 0, done.stderr
+    assert f"C++ kernels, {worst}" in done.stdout
