@@ -1,0 +1,111 @@
+"""The words of a refusal: which argument, what was expected, what came. Each public function checks once, in one expression;
+only when that fails is it worth the time to find the culprit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from fastseq.errors import ShapeError
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+Size = tuple[int, ...] | torch.Size
+
+
+def refuse_shape(name: str, expected: str, got: Size) -> NoReturn:
+    """Raises the ShapeError for argument ``name``."""
+    raise ShapeError(f"{name}: expected {expected}, got {list(got)}")
+
+
+def check_kinds(named: Iterable[tuple[str, Any]], optional: frozenset[str]) -> None:
+    """All are tensors (those in ``optional`` may be None) of one dtype that is served, on one device.
+
+    Raises:
+        TypeError: naming the first that is not.
+    """
+    first: Tensor | None = None
+    for name, value in named:
+        if value is None and name in optional:
+            continue
+        if not isinstance(value, Tensor):
+            raise TypeError(
+                f"{name}: expected a Tensor{' or None' if name in optional else ''}, got {type(value).__name__}"
+            )
+        if value.dtype not in DTYPES:
+            wanted = ", ".join(str(dtype) for dtype in DTYPES)
+            raise TypeError(f"{name}: expected one of the dtypes {wanted}, got {value.dtype}")
+        if value.layout != torch.strided:
+            raise TypeError(f"{name}: expected a dense tensor, got layout {value.layout}")
+        if first is None:
+            first, first_name = value, name
+        elif value.dtype != first.dtype:
+            raise TypeError(f"{name}: expected {first.dtype}, the dtype of {first_name}, got {value.dtype}")
+        elif value.device != first.device:
+            raise TypeError(f"{name}: expected device {first.device}, that of {first_name}, got {value.device}")
+
+
+def check_shapes(named: Iterable[tuple[str, Tensor | None, Size, str]]) -> None:
+    """Every tensor that is there has its shape: ``(name, tensor, shape, the same in letters)``.
+
+    Raises:
+        ShapeError: naming the first that has not.
+    """
+    for name, value, shape, letters in named:
+        if value is not None and value.shape != shape:
+            refuse_shape(name, f"shape {letters} = {list(shape)}", value.shape)
+
+
+def check_time(lengths: Any, reset: Any, steps: int, batch: int) -> None:
+    """``lengths`` are integers ``[B]`` within 0 … T, and ``reset`` is bool ``[T, B]``; either may be None.
+
+    The values of ``lengths`` are read where they can be: not under ``torch.compile``, ``torch.export``, a functorch transform
+    or a CUDA graph capture. There a length beyond T means T and a negative one means 0.
+
+    Raises:
+        TypeError: not a tensor, or of the wrong dtype.
+        ShapeError: of the wrong shape, or a length out of range.
+    """
+    if lengths is not None:
+        if not isinstance(lengths, Tensor):
+            raise TypeError(f"lengths: expected an integer Tensor, got {type(lengths).__name__}")
+        if lengths.dtype not in INTEGERS:
+            raise TypeError(f"lengths: expected an integer dtype such as torch.int64, got {lengths.dtype}")
+        if lengths.shape != (batch,):
+            refuse_shape("lengths", f"shape [B] = [{batch}]", lengths.shape)
+        if batch and _readable(lengths):
+            low, high = (int(value) for value in torch.aminmax(lengths))
+            if low < 0 or high > steps:
+                raise ShapeError(f"lengths: expected values from 0 to T = {steps}, got {low if low < 0 else high}")
+    if reset is not None:
+        if not isinstance(reset, Tensor):
+            raise TypeError(f"reset: expected a bool Tensor, got {type(reset).__name__}")
+        if reset.dtype != torch.bool:
+            raise TypeError(f"reset: expected dtype torch.bool, got {reset.dtype}")
+        if reset.shape != (steps, batch):
+            refuse_shape("reset", f"shape [T, B] = {[steps, batch]}", reset.shape)
+
+
+def _readable(value: Tensor) -> bool:
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    if value.is_meta or torch._C._len_torch_dispatch_stack() > 0:
+        return False
+    return not (value.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """The dtype that autocast wants on ``device`` (a device type), or None where it is off."""
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+def under_autocast(value: Any, dtype: torch.dtype) -> Any:
+    """``value`` as autocast hands it on: floating tensors but float64 in ``dtype``, as it does for ``torch.nn.LSTM``."""
+    if isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64:
+        return value.to(dtype)
+    return value

@@ -1,0 +1,33 @@
+"""What the forward of the LSTM leaves for its backward: the one place that knows the shapes and the dtype of that tape.
+
+The tape is opaque to everything but kernels and reference:
+
+- ``c [T, B, Hp]``, the cell state of every step;
+- ``gates [T, B, 4 Hp + 16]``, the gates after activation, gate ``g`` (order i, f, g, o) of unit ``u`` in column
+  ``g * Hp + u``;
+
+with Hp the hidden size rounded up to :data:`LANES`, so that a kernel works on whole vectors and never has a remainder
+loop. The columns beyond are finite but undefined. Both are in :func:`accumulate_dtype`.
+"""
+
+from __future__ import annotations
+
+import torch
+
+LANES = 16
+
+
+def padded(hidden: int) -> int:
+    """The hidden size rounded up to a whole number of vectors (Hp)."""
+    return (hidden + LANES - 1) // LANES * LANES
+
+
+def tape_shapes(steps: int, batch: int, hidden: int) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+    """The shapes of ``c`` and ``gates`` for T = ``steps``, B = ``batch``, H = ``hidden``."""
+    width = padded(hidden)
+    return (steps, batch, width), (steps, batch, 4 * width + LANES)
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that sums, cell states and the tape are kept in: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

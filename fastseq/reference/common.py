@@ -1,0 +1,95 @@
+"""What the references of the recurrences share: time structure as masks, rounding, and freedom from autocast."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Half types are computed in float32; float32 and float64 in themselves."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def rounded(h: Tensor, dtype: torch.dtype) -> Tensor:
+    """``h`` rounded to ``dtype`` but kept in its own dtype; the derivative is that of the identity.
+
+    A cast there and back would round the gradient too, at every step, which is no part of the specification.
+    """
+    if h.dtype == dtype:
+        return h
+    return h + (h.to(dtype).to(h.dtype) - h).detach()
+
+
+def time_masks(
+    lengths: Tensor | None, reset: Tensor | None, steps: int, reverse: bool, device: torch.device
+) -> tuple[Tensor | None, Tensor | None]:
+    """``(cut, padding)``, each ``[T, B]`` bool or None, for the direction of the op.
+
+    Step ``t`` is padding when ``t >= lengths``: it carries the state and outputs zero. ``reset[t]`` cuts between ``t`` and ``t - 1``:
+    the step of the two that is processed later starts from the zero state. A reset in the padding cuts nothing.
+    """
+    padding = None
+    if lengths is not None:
+        padding = torch.arange(steps, device=device)[:, None] >= lengths.to(device)  # [T, B]
+    if reset is None:
+        return None, padding
+    reset = reset.to(device)
+    if padding is not None:
+        reset = reset & ~padding
+    if reverse:  # the cut between t + 1 and t comes before step t
+        reset = torch.cat([reset[1:], torch.zeros_like(reset[:1])])
+    return reset, padding
+
+
+def flag_masks(flags: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """``(cut, padding)`` from step flags, as :mod:`fastseq.ops.flags` makes them."""
+    if flags is None:
+        return None, None
+    return (flags & 1) != 0, (flags & 2) != 0
+
+
+def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[object]:
+    """The references choose their dtypes themselves: autocast must not round inside them."""
+    kind = x.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return contextlib.nullcontext()
+
+
+def gradients(
+    function: Callable[..., tuple[Tensor, ...]],
+    inputs: Sequence[Tensor | None],
+    asked: Sequence[object],
+    received: Sequence[Tensor | None],
+) -> tuple[Tensor, ...]:
+    """The gradients of the ``asked`` among the ``inputs`` of ``function``, given the ``received`` gradients of its first results.
+
+    A result whose gradient is None is not used. An input that is not asked for, or is None, gets a tensor of shape ``[0]``.
+    It is ``torch.func.vjp`` and not ``torch.autograd.grad`` for three reasons: inputs that depend on each other stay apart, it
+    works below the autograd dispatch key (as in a compiled graph), and autograd and every transform can pass through it again.
+    """
+    example = next(value for value in inputs if value is not None)
+    results = [example.new_empty(0) for _ in inputs]
+    wanted = {index: value for index, value in enumerate(inputs) if asked[index] and value is not None}
+    used = {index: grad for index, grad in enumerate(received) if grad is not None}
+    if not used:
+        for index, value in wanted.items():
+            results[index] = torch.zeros_like(value)
+    elif wanted:
+
+        def of_wanted(*values: Tensor) -> tuple[Tensor, ...]:
+            full = list(inputs)
+            for index, value in zip(wanted, values, strict=True):
+                full[index] = value
+            outputs = function(*full)
+            return tuple(outputs[index] for index in used)
+
+        with without_autocast(example):
+            pullback = torch.func.vjp(of_wanted, *wanted.values())[1]
+            for index, grad in zip(wanted, pullback(tuple(used.values())), strict=True):
+                results[index] = grad
+    return tuple(results)

@@ -1,0 +1,121 @@
+"""The Elman network, as the specification: h_t = f(w_ih x_t + b_ih + w_hh h_{t-1} + b_hh) with f in tanh, relu, logistic (Elman 1990).
+
+The backward is the derivative that autograd takes of this loop (backpropagation through time, Werbos 1990).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from fastseq.reference.common import accumulate_dtype, flag_masks, gradients, rounded, time_masks, without_autocast
+
+NONLINEARITIES = {"tanh": torch.tanh, "relu": torch.relu, "sigmoid": torch.sigmoid}
+
+
+def rnn(
+    x: Tensor,
+    h0: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+    *,
+    nonlinearity: str = "tanh",
+    reverse: bool = False,
+    lengths: Tensor | None = None,
+    reset: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One Elman layer in one direction over a whole sequence; arguments and results as :func:`fastseq.functional.rnn`.
+
+    Any device and floating dtype. Half types are computed in float32; only ``h`` is rounded, at every step before it is used
+    again, and with it ``y``.
+    """
+    cut, padding = time_masks(lengths, reset, x.shape[0], reverse, x.device)
+    return _recurrence(x, h0, w_ih, w_hh, b_ih, b_hh, nonlinearity, reverse, cut, padding)
+
+
+def _recurrence(
+    x: Tensor,  # [T, B, I]
+    h0: Tensor,  # [B, H]
+    w_ih: Tensor,  # [H, I]
+    w_hh: Tensor,  # [H, H]
+    b_ih: Tensor | None,  # [H]
+    b_hh: Tensor | None,  # [H]
+    nonlinearity: str,
+    reverse: bool,
+    cut: Tensor | None,  # [T, B]
+    padding: Tensor | None,  # [T, B]
+) -> tuple[Tensor, Tensor]:
+    f = NONLINEARITIES[nonlinearity]
+    dtype = x.dtype
+    wide = accumulate_dtype(dtype)
+    with without_autocast(x):
+        x, h, w_ih, w_hh = (v.to(wide) for v in (x, h0, w_ih, w_hh))
+        b_ih, b_hh = (None if v is None else v.to(wide) for v in (b_ih, b_hh))
+        steps = x.shape[0]
+        ys = [x] * steps  # every place is filled below, in either order
+        for t in reversed(range(steps)) if reverse else range(steps):
+            if cut is not None:
+                h = torch.where(cut[t, :, None], 0.0, h)
+            h_t = rounded(f(linear(x[t], w_ih, b_ih) + linear(h, w_hh, b_hh)), dtype)  # [B, H]
+            if padding is None:
+                h = y_t = h_t
+            else:
+                h = torch.where(padding[t, :, None], h, h_t)
+                y_t = torch.where(padding[t, :, None], 0.0, h_t)
+            ys[t] = y_t
+        return torch.stack(ys).to(dtype), h.to(dtype)
+
+
+def rnn_fwd(
+    x: Tensor,
+    h0: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    flags: Tensor | None,
+    nonlinearity: str,
+    reverse: bool,
+) -> tuple[Tensor, Tensor]:
+    """The kernel ``fastseq::rnn_fwd``: ``y, h_n``."""
+    return _recurrence(x, h0, w_ih, w_hh, b_ih, b_hh, nonlinearity, reverse, *flag_masks(flags))
+
+
+def rnn_bwd(
+    grad_y: Tensor | None,
+    grad_h_n: Tensor | None,
+    x: Tensor,
+    h0: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    flags: Tensor | None,
+    y: Tensor,
+    nonlinearity: str,
+    reverse: bool,
+    needs: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The kernel ``fastseq::rnn_bwd``: ``dx, dh0, dw_ih, dw_hh, db``, by autograd, without the saved ``y``.
+
+    ``needs`` is a mask: 1 asks for ``dx``, 2 for ``dh0``, 4 for the weights. What is not asked for or does not exist comes back
+    with shape ``[0]``.
+    """
+    cut, padding = flag_masks(flags)
+
+    def forward(x: Tensor, h0: Tensor, w_ih: Tensor, w_hh: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
+        other = None if b_ih is None else b_hh
+        return _recurrence(x, h0, w_ih, w_hh, bias, other, nonlinearity, reverse, cut, padding)
+
+    bias = b_hh if b_ih is None else b_ih  # both have the same gradient
+    weights = needs & 4
+    dx, dh0, dw_ih, dw_hh, db = gradients(
+        forward,
+        (x, h0, w_ih, w_hh, bias),
+        (needs & 1, needs & 2, weights, weights, weights),
+        (grad_y, grad_h_n),
+    )
+    return dx, dh0, dw_ih, dw_hh, db

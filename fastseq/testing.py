@@ -1,0 +1,171 @@
+"""Comparing an implementation with the float64 reference, by one rule.
+
+For every tensor, output or gradient, with ``truth`` the reference in float64 and ``ref`` the reference in the dtype at hand:
+
+    max|got - truth|  <=  2 (max|ref - truth| + eps max|truth|) + the smallest normal number
+
+and in float64 itself ``64 eps max|truth|`` plus that. A kernel may so be twice as wrong as plain PyTorch in the same dtype, and no more.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastseq import functional, reference
+from fastseq.ops import dispatch
+
+__all__ = ["Comparison", "assert_matches_reference", "compare", "implementations", "use_implementation"]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One tensor held against the truth. ``error`` and ``allowed`` are absolute, in the units of the tensor."""
+
+    name: str
+    error: float
+    allowed: float
+    ok: bool
+
+    def __str__(self) -> str:
+        return f"{self.name}: error {self.error:.3g}, allowed {self.allowed:.3g}{'' if self.ok else '  MISMATCH'}"
+
+
+@dataclass(frozen=True)
+class _Op:
+    function: Callable[..., tuple[Tensor, ...]]
+    reference: Callable[..., tuple[Tensor, ...]]
+    outputs: tuple[str, ...]
+
+
+_OPS = {
+    "lstm": _Op(functional.lstm, reference.lstm, ("y", "h_n", "c_n")),
+    "rnn": _Op(functional.rnn, reference.rnn, ("y", "h_n")),
+}
+
+
+def implementations(op: str, device: str = "cpu") -> list[str]:
+    """The implementations of ``op`` ("lstm" or "rnn") that can run on ``device`` here, such as ``["reference", "cpp"]``."""
+    if op not in _OPS:
+        raise ValueError(f"op: expected one of {', '.join(_OPS)}, got {op!r}")
+    kind = torch.device(device).type
+    return [name for name in dispatch.IMPLEMENTATIONS if dispatch.why_not(name, kind) is None]
+
+
+@contextlib.contextmanager
+def use_implementation(name: str) -> Iterator[None]:
+    """Force one implementation (as ``FASTSEQ_IMPL`` does) inside the ``with`` block.
+
+    Raises:
+        RuntimeError: it cannot serve here; the message says why.
+    """
+    with dispatch.use(name):
+        yield
+
+
+def compare(
+    op: str,
+    inputs: Mapping[str, Any],
+    *,
+    implementation: str,
+    dtype: torch.dtype | None = None,
+    grads: bool = True,
+    seed: int = 0,
+) -> list[Comparison]:
+    """Runs ``op`` by one implementation and compares every output, and every gradient, with the float64 reference.
+
+    Args:
+        op: "lstm" or "rnn".
+        inputs: the arguments of the function in :mod:`fastseq.functional`, by name. An input that requires no gradient gets one
+            all the same when ``grads`` is true.
+        implementation: one of :func:`implementations`.
+        dtype: floating inputs are rounded to it first (default: left as they are). The truth starts from the rounded values.
+        grads: whether to compare gradients too. The gradients that arrive at the outputs are drawn at random.
+        seed: of those random gradients.
+
+    Returns:
+        One comparison per tensor: the outputs by their names, then the gradients as ``d<input>``.
+    """
+    if op not in _OPS:
+        raise ValueError(f"op: expected one of {', '.join(_OPS)}, got {op!r}")
+    entry = _OPS[op]
+    inputs = {name: _rounded(value, dtype) for name, value in inputs.items()}
+    here = next(value.dtype for value in inputs.values() if _differentiable(value))
+    wide = {name: _rounded(value, torch.float64) for name, value in inputs.items()}
+
+    truth = _results(entry.reference, wide, entry.outputs, grads, seed, here)
+    with use_implementation(implementation):
+        got = _results(entry.function, inputs, entry.outputs, grads, seed, here)
+    ref = truth if here == torch.float64 else _results(entry.reference, inputs, entry.outputs, grads, seed, here)
+    return [_compare(name, got[name], ref[name], truth[name]) for name in truth]
+
+
+def assert_matches_reference(
+    op: str,
+    inputs: Mapping[str, Any],
+    *,
+    implementation: str,
+    dtype: torch.dtype | None = None,
+    grads: bool = True,
+    seed: int = 0,
+) -> None:
+    """:func:`compare`, raising an AssertionError that lists every mismatch."""
+    results = compare(op, inputs, implementation=implementation, dtype=dtype, grads=grads, seed=seed)
+    wrong = [str(result) for result in results if not result.ok]
+    if wrong:
+        raise AssertionError(f"{op} by {implementation} does not match the float64 reference:\n  " + "\n  ".join(wrong))
+
+
+def _differentiable(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _rounded(value: Any, dtype: torch.dtype | None) -> Any:
+    return value.detach().to(dtype or value.dtype) if _differentiable(value) else value
+
+
+def _results(
+    function: Callable[..., tuple[Tensor, ...]],
+    inputs: Mapping[str, Any],
+    outputs: tuple[str, ...],
+    grads: bool,
+    seed: int,
+    dtype: torch.dtype,
+) -> dict[str, Tensor]:
+    """Outputs and gradients by name. The gradients that arrive are the same numbers for every dtype: those of ``dtype``."""
+    leaves = {n: v.detach().requires_grad_(grads) if _differentiable(v) else v for n, v in inputs.items()}
+    values = function(**leaves)
+    results = {name: value.detach() for name, value in zip(outputs, values, strict=True)}
+    if grads:
+        generator = torch.Generator().manual_seed(seed)
+        arriving = [
+            torch.randn(v.shape, generator=generator, dtype=torch.float64).to(dtype).to(v.device, v.dtype)
+            for v in values
+        ]
+        asked = {name: leaf for name, leaf in leaves.items() if _differentiable(leaf)}
+        found = torch.autograd.grad(values, list(asked.values()), arriving)
+        results |= {f"d{name}": grad for name, grad in zip(asked, found, strict=True)}
+    return results
+
+
+def _compare(name: str, got: Tensor, ref: Tensor, truth: Tensor) -> Comparison:
+    if got.shape != truth.shape or got.dtype != ref.dtype:
+        raise AssertionError(
+            f"{name}: expected shape {list(truth.shape)} and {ref.dtype}, got {list(got.shape)} and {got.dtype}"
+        )
+    if truth.numel() == 0:
+        return Comparison(name, 0.0, 0.0, True)
+    limits = torch.finfo(got.dtype)
+    largest = truth.abs().max().item()
+    if got.dtype == torch.float64:
+        allowed = 64 * limits.eps * largest + limits.tiny
+    else:
+        allowed = 2 * ((ref.double() - truth).abs().max().item() + limits.eps * largest) + limits.tiny
+    error = (got.double() - truth).abs().max().item()
+    return Comparison(name, error, allowed, math.isfinite(error) and error <= allowed)
