@@ -41,7 +41,7 @@ def test_a_budget_stops_both_models_at_the_same_step(tmp_path, capsys):
 def test_a_model_that_differs_is_caught(tmp_path, capsys, monkeypatch):
     def spoil(module):
         with torch.no_grad():
-            module.recurrent.weight_hh_l0.mul_(1.001)
+            module.recurrent.weight_hh_l0.mul_(1.5)
         return module
 
     monkeypatch.setattr("fastseq.convert", spoil)
@@ -55,8 +55,13 @@ def test_a_picture_of_unknown_kind(name, tmp_path, capsys):
     assert "expected a name that ends in .png" in capsys.readouterr().err
 
 
-def test_nan_does_not_agree():
-    assert not demo.Agreement(1, math.nan, math.nan, 0.0, 1.0).ok
+def test_a_loss_that_is_nan_does_not_agree():
+    curves = [
+        demo.Trainer(name, demo.CharacterModel(3, 4), [1.0, last]) for name, last in (("a", 2.0), ("b", math.nan))
+    ]
+    right, wrong = curves
+    assert demo.agreement(right, right, right).ok
+    assert not demo.agreement(wrong, right, right).ok
 
 
 def test_stretches_cover_everything_once():

@@ -42,7 +42,7 @@ def interleaved(
         repeats[name] = max(1, round(TARGET_SECONDS / (time.perf_counter() - start)))
     samples: dict[str, list[float]] = {name: [] for name in calls}
     for round_ in range(rounds):
-        order = list(calls) if round_ % 2 == 0 else list(reversed(calls))
+        order = list(calls) if round_ % 2 == 0 else list(calls)[::-1]
         for name in order:
             call = calls[name]
             start = time.perf_counter()
