@@ -35,7 +35,7 @@ def run(*command: str | Path, **options) -> str:
 def sdist(tmp_path_factory) -> Path:
     """The archive, built by the environment's own setuptools."""
     folder = tmp_path_factory.mktemp("sdist")
-    # From a copy without what earlier builds have left, since setuptools would add the files that an old egg-info lists.
+    # From a copy without what earlier builds have left: setuptools would add the files that an old egg-info lists.
     leftovers = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "*.so", "__pycache__")
     shutil.copytree(ROOT, folder / "source", symlinks=True, ignore=leftovers)
     run(sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", folder, folder / "source")
