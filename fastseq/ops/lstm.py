@@ -250,7 +250,7 @@ class LSTM(transforms.Function):
     @staticmethod
     def forward(ctx: Any, keyset: torch._C.DispatchKeySet, *args: Any) -> tuple[Tensor, ...]:
         *inputs, reverse, save = args
-        y, h_n, c_n, c, gates = _fwd.redispatch(keyset & transforms.below_autograd, *inputs, reverse, True)
+        y, h_n, c_n, c, gates = transforms.redispatch(_fwd, keyset, *inputs, reverse, True)
         ctx.save_for_backward(*inputs, y, c, gates)
         ctx.reverse = reverse
         ctx.private = not save
@@ -269,7 +269,7 @@ class LSTM(transforms.Function):
             return nothing
         needs = NEEDS_X * need_x | NEEDS_STATE * (need_h0 or need_c0) | NEEDS_WEIGHTS * any(need_weights)
         saved = ctx.saved_tensors
-        bwd = _bwd_ if ctx.private and transforms.may_overwrite_tape(saved[-1]) else _bwd
+        bwd = _bwd_ if ctx.private and transforms.may_overwrite_tape(saved[-1], grad_y, grad_h_n, grad_c_n) else _bwd
         dx, dh0, dc0, dw_ih, dw_hh, db, dw_hr = bwd(grad_y, grad_h_n, grad_c_n, *saved, ctx.reverse, needs)
         need_w_ih, need_w_hh, need_b_ih, need_b_hh, need_w_hr = need_weights
         return (
@@ -294,7 +294,7 @@ class LSTMBackward(transforms.Function):
 
     @staticmethod
     def forward(ctx: Any, keyset: torch._C.DispatchKeySet, *args: Any) -> tuple[Tensor, ...]:
-        results: tuple[Tensor, ...] = _bwd.redispatch(keyset & transforms.below_autograd, *args)
+        results: tuple[Tensor, ...] = transforms.redispatch(_bwd, keyset, *args)
         ctx.save_for_backward(*args[:12])  # grad_y … flags: y and the tape are functions of these
         ctx.reverse, ctx.needs = args[15:]
         ctx.set_materialize_grads(False)

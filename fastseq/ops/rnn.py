@@ -172,7 +172,7 @@ class RNN(transforms.Function):
 
     @staticmethod
     def forward(ctx: Any, keyset: torch._C.DispatchKeySet, *args: Any) -> tuple[Tensor, ...]:
-        y, h_n = _fwd.redispatch(keyset & transforms.below_autograd, *args)
+        y, h_n = transforms.redispatch(_fwd, keyset, *args)
         ctx.save_for_backward(*args[:7], y)
         ctx.options = args[7:]
         ctx.set_materialize_grads(False)
@@ -207,7 +207,7 @@ class RNNBackward(transforms.Function):
 
     @staticmethod
     def forward(ctx: Any, keyset: torch._C.DispatchKeySet, *args: Any) -> tuple[Tensor, ...]:
-        results: tuple[Tensor, ...] = _bwd.redispatch(keyset & transforms.below_autograd, *args)
+        results: tuple[Tensor, ...] = transforms.redispatch(_bwd, keyset, *args)
         ctx.save_for_backward(*args[:9])  # grad_y … flags: y is a function of these
         ctx.options = args[10:]
         ctx.set_materialize_grads(False)

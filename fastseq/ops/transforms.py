@@ -31,6 +31,18 @@ def apply(function: type[Function], *args: Any) -> Any:
         return function.apply(*args)
 
 
+def redispatch(op: Any, keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
+    """Call ``op`` below the ``Autograd`` key, from the forward of a :class:`Function`.
+
+    That forward runs with gradients off, as its own level wants no second graph; but the levels of functorch below it have not
+    been asked yet, and would lose their gradients without a word.
+    """
+    if not torch._C._are_functorch_transforms_active():
+        return op.redispatch(keyset & below_autograd, *args)
+    with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+        return op.redispatch(keyset & below_autograd, *args)
+
+
 def refuse_forward_mode(name: str, *args: Any) -> None:
     """Raises if an argument carries a forward-mode tangent: there is no such derivative, and dropping it would be a silent zero."""
     if forward_ad._current_level < 0:
@@ -43,15 +55,23 @@ def refuse_forward_mode(name: str, *args: Any) -> None:
             )
 
 
-def may_overwrite_tape(tape: Tensor) -> bool:
-    """Whether the backward may write into its private ``tape``: in plain eager mode, and the graph is freed after this pass."""
+def may_overwrite_tape(tape: Tensor, *grads: Tensor | None) -> bool:
+    """Whether the backward that received ``grads`` may write into its private ``tape``.
+
+    Only in plain eager mode, when the graph is freed after this pass, and nothing is mapped: neither by functorch nor by the
+    older vmap that ``torch.autograd.grad(is_grads_batched=True)`` uses.
+    """
     return (
         type(tape) is Tensor
-        and not torch._C._are_functorch_transforms_active()
-        and torch._C._len_torch_dispatch_stack() == 0
         and not torch.is_grad_enabled()
         and not _keeps_graph()
+        and not torch._C._are_functorch_transforms_active()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not any(grad is not None and _is_legacy_batched(grad) for grad in grads)
     )
+
+
+_is_legacy_batched: Callable[[Tensor], bool] = torch._C._functorch.is_legacy_batchedtensor
 
 
 def _keeps_graph() -> bool:
