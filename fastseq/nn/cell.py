@@ -110,7 +110,7 @@ class LSTMCellForward(CellForward):
         _check_rank("LSTMCell", "input", input)
         if hx is not None:
             if isinstance(hx, Tensor) or not isinstance(hx, Sequence):
-                raise TypeError(f"hx must be a tuple (h_0, c_0), got {type(hx).__name__}")
+                raise TypeError(f"hx: expected a tuple (h_0, c_0), got {type(hx).__name__}")
             if len(hx) != 2:
                 raise ShapeError(f"lstm_cell expects two hidden states, hx = (h_0, c_0), got {len(hx)}")
             for index, state in enumerate(hx):
@@ -125,6 +125,12 @@ class LSTMCellForward(CellForward):
         weights = (self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
         if vendor.serves(x, "LSTM"):
             h, c = vendor.run_lstm_cell(x, (h, c), *weights)
+        elif c.dtype == torch.float32 and torch.is_autocast_enabled(x.device.type):
+            # As torch's cell does, keep a float32 cell state so under autocast: in the half type it would be rounded at
+            # every step of the caller's loop.
+            with torch.autocast(x.device.type, enabled=False):
+                wide: list[Any] = [None if weight is None else weight.float() for weight in weights]
+                _, h, c = F.lstm(x.unsqueeze(0).float(), h.float(), c, *wide)
         else:
             _, h, c = F.lstm(x.unsqueeze(0), h, c, *weights)
         return (h, c) if batched else (h.squeeze(0), c.squeeze(0))
@@ -220,6 +226,6 @@ class RNNCell(RNNCellForward, CellBase):
 
 def _check_rank(cell: str, name: str, value: Tensor) -> None:
     if not isinstance(value, Tensor):
-        raise TypeError(f"{cell}: {name} must be a Tensor, got {type(value).__name__}")
+        raise TypeError(f"{cell}: {name}: expected a Tensor, got {type(value).__name__}")
     if value.dim() not in (1, 2):
         raise ShapeError(f"{cell}: Expected {name} to be 1D or 2D, got {value.dim()}D instead")

@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import PackedSequence
 from fastseq.errors import ShapeError
 from fastseq.nn import vendor
 from fastseq.nn.packing import Packing
+from fastseq.ops.checks import refuse_shape
 
 
 class RecurrentForward:
@@ -68,7 +69,7 @@ class RecurrentForward:
         if isinstance(input, PackedSequence):
             return self._run_packed(input, states, lengths, reset)
         if not isinstance(input, Tensor):
-            raise TypeError(f"input must be a Tensor or a PackedSequence, got {type(input).__name__}")
+            raise TypeError(f"input: expected a Tensor or a PackedSequence, got {type(input).__name__}")
         return self._run_padded(input, states, lengths, reset)
 
     def _run_padded(
@@ -95,7 +96,7 @@ class RecurrentForward:
                 f"shape {tuple(input.shape)}"
             )
         if lengths is not None:
-            lengths = _time_argument("lengths", lengths, (batch,) if batched else ())
+            lengths = _time_argument("lengths", lengths, "[B]" if batched else "[]", (batch,) if batched else ())
             lengths = lengths if batched else lengths.unsqueeze(0)
         if reset is not None:
             reset = self._time_major_reset(reset, steps, batch, batched)
@@ -112,7 +113,7 @@ class RecurrentForward:
         self, input: PackedSequence, states: tuple[Tensor, ...] | None, lengths: Tensor | None, reset: Tensor | None
     ) -> tuple[PackedSequence, tuple[Tensor, ...]]:
         if lengths is not None:
-            raise TypeError("lengths must be None when input is a PackedSequence, which carries its own")
+            raise TypeError("lengths: expected None beside a PackedSequence, which carries its own, got a Tensor")
         data, batch_sizes, sorted_indices, unsorted_indices = input
         self._check_input(data, packed=True)
         packing = Packing.of(input)
@@ -220,17 +221,17 @@ class RecurrentForward:
     def _time_major_reset(self, reset: Tensor, steps: int, batch: int, batched: bool) -> Tensor:
         """reset as the caller lays it out -> [T, B]."""
         if not batched:
-            return _time_argument("reset", reset, (steps,)).unsqueeze(1)
+            return _time_argument("reset", reset, "[T]", (steps,)).unsqueeze(1)
         if self.batch_first:
-            return _time_argument("reset", reset, (batch, steps)).transpose(0, 1)
-        return _time_argument("reset", reset, (steps, batch))
+            return _time_argument("reset", reset, "[B, T]", (batch, steps)).transpose(0, 1)
+        return _time_argument("reset", reset, "[T, B]", (steps, batch))
 
 
-def _time_argument(name: str, value: Tensor, shape: tuple[int, ...]) -> Tensor:
+def _time_argument(name: str, value: Tensor, letters: str, shape: tuple[int, ...]) -> Tensor:
     # Checked here although the operation checks it too: only here is the caller's layout known, and a message about the
     # transposed or unsqueezed tensor would name a shape that the caller never wrote.
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a Tensor, got {type(value).__name__}")
-    if tuple(value.shape) != shape:
-        raise ShapeError(f"{name} must have shape {shape}, got {tuple(value.shape)}")
+        raise TypeError(f"{name}: expected a Tensor, got {type(value).__name__}")
+    if value.shape != shape:
+        refuse_shape(name, f"shape {letters} = {list(shape)}", value.shape)
     return value

@@ -168,9 +168,9 @@ def _pair(hx: object) -> tuple[Tensor, Tensor] | None:
     if hx is None:
         return None
     if isinstance(hx, Tensor):
-        raise ShapeError(f"hx must be a tuple (h_0, c_0), got one tensor of shape {tuple(hx.shape)}")
+        raise ShapeError(f"hx: expected a tuple (h_0, c_0), got one tensor of shape {tuple(hx.shape)}")
     if not isinstance(hx, (tuple, list)) or not all(isinstance(state, Tensor) for state in hx):
-        raise TypeError(f"hx must be a tuple (h_0, c_0) of tensors, got {type(hx).__name__}")
+        raise TypeError(f"hx: expected a tuple (h_0, c_0) of tensors, got {type(hx).__name__}")
     if len(hx) != 2:
         raise ShapeError(f"lstm expects two hidden states, hx = (h_0, c_0), got {len(hx)}")
     return hx[0], hx[1]

@@ -52,7 +52,7 @@ class RNNForward(RecurrentForward):
     ) -> tuple[Tensor | PackedSequence, Tensor]:
         """Runs all layers over the sequence; see the class for the shapes."""
         if hx is not None and not isinstance(hx, Tensor):
-            raise TypeError(f"hx must be a Tensor, got {type(hx).__name__}")
+            raise TypeError(f"hx: expected a Tensor, got {type(hx).__name__}")
         output, (h_n,) = self._run(input, None if hx is None else (hx,), lengths, reset)
         return output, h_n
 

@@ -1,0 +1,114 @@
+"""PyTorch's own samples for its recurrent modules (``ModuleInfo``), run against fastseq's: results, gradients, errors."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from nn_support import TWINS, assert_twins_agree, run, tensors
+from torch import nn
+from torch.testing._internal.common_modules import (
+    ModuleErrorEnum,
+    module_db,
+    module_inputs_torch_nn_RNN_GRU,
+)
+
+INFOS = {info.module_cls: info for info in module_db if info.module_cls in TWINS}
+PACKED = "packed"
+
+
+def samples(torch_class: type[nn.Module], dtype: torch.dtype, training: bool = True) -> list[Any]:
+    torch.manual_seed(0)
+    return list(
+        INFOS[torch_class].module_inputs_func(
+            INFOS[torch_class], device="cpu", dtype=dtype, requires_grad=True, training=training
+        )
+    )
+
+
+def pair(torch_class: type[nn.Module], sample: Any, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
+    """Both modules from the sample's constructor arguments, fastseq's loaded from torch's state_dict."""
+    made = sample.constructor_input
+    torch.manual_seed(1)
+    theirs = torch_class(*made.args, **made.kwargs).to(dtype)
+    ours = TWINS[torch_class](*made.args, **made.kwargs).to(dtype)
+    ours.load_state_dict(theirs.state_dict())
+    return theirs, ours
+
+
+def test_torch_has_samples_for_every_twin() -> None:
+    assert INFOS.keys() == TWINS.keys()
+    assert len(samples(nn.LSTM, torch.float64)) >= 32
+    assert len(samples(nn.RNN, torch.float64)) >= 32
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("torch_class", TWINS, ids=lambda cls: cls.__name__)
+def test_outputs_and_gradients_of_every_sample(torch_class: type[nn.Module], dtype: torch.dtype) -> None:
+    for sample in samples(torch_class, dtype):
+        given = sample.forward_input
+        assert not given.kwargs
+        assert_twins_agree(*pair(torch_class, sample, dtype), given.args, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_outputs_and_gradients_of_every_packed_sample(dtype: torch.dtype) -> None:
+    made = module_inputs_torch_nn_RNN_GRU(
+        INFOS[nn.RNN], "cpu", dtype, requires_grad=True, training=True, with_packed_sequence=True, is_rnn=True
+    )
+    packed = [sample for sample in made if isinstance(sample.forward_input.args[0], nn.utils.rnn.PackedSequence)]
+    assert len(packed) >= 32
+    for sample in packed:
+        assert_twins_agree(*pair(nn.RNN, sample, dtype), sample.forward_input.args, dtype)
+        # torch has no packed samples of its LSTM; these serve for it as well.
+        sample.constructor_input.kwargs.pop("nonlinearity")
+        assert_twins_agree(*pair(nn.LSTM, sample, dtype), sample.forward_input.args, dtype)
+
+
+@pytest.mark.parametrize("torch_class", TWINS, ids=lambda cls: cls.__name__)
+def test_unbatched_equals_a_batch_of_one(torch_class: type[nn.Module]) -> None:
+    """Each sample's own reference function, which adds a batch axis and takes it away again."""
+    for sample in samples(torch_class, torch.float64):
+        _, ours = pair(torch_class, sample, torch.float64)
+        args = sample.forward_input.args
+        direct = run(ours, args)
+
+        def by_reference(*args: Any, module: nn.Module = ours, sample: Any = sample) -> Any:
+            return sample.reference_fn(module, list(module.parameters()), *args)
+
+        through = run(ours, args, by_reference)
+        assert all(torch.equal(one, other) for one, other in zip(direct, through, strict=True))
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("torch_class", TWINS, ids=lambda cls: cls.__name__)
+def test_train_and_eval_without_gradients(torch_class: type[nn.Module], training: bool) -> None:
+    for sample in samples(torch_class, torch.float64, training):
+        theirs, ours = (module.train(training) for module in pair(torch_class, sample, torch.float64))
+        with torch.no_grad():
+            expected, got = (tensors(module(*sample.forward_input.args)) for module in (theirs, ours))
+        for one, other in zip(got, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=64 * torch.finfo(torch.float64).eps, atol=1e-15)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("torch_class", TWINS, ids=lambda cls: cls.__name__)
+def test_every_error_sample_raises_what_torch_raises(torch_class: type[nn.Module], dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    info = INFOS[torch_class]
+    errors = list(info.module_error_inputs_func(info, device="cpu", dtype=dtype, requires_grad=True, training=True))
+    assert len(errors) >= 4
+    for error in errors:
+        made, given = error.module_error_input.constructor_input, error.module_error_input.forward_input
+        if error.error_on is ModuleErrorEnum.CONSTRUCTION_ERROR:
+            with pytest.raises(error.error_type, match=error.error_regex):
+                TWINS[torch_class](*made.args, **made.kwargs)
+            continue
+        # The samples of the cells are of `dtype` too; those of the layers are meant to differ from the weights.
+        options = made.kwargs if "dtype" in made.kwargs else {**made.kwargs, "dtype": given.args[0].dtype}
+        module = TWINS[torch_class](*made.args, **options)
+        with pytest.raises(error.error_type, match=error.error_regex) as caught:
+            module(*given.args, **given.kwargs)
+        assert re.search(r"\d|dtype", str(caught.value)), "the message says what came"
