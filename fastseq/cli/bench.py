@@ -223,13 +223,12 @@ def environment() -> dict[str, Any]:
 def run(args: argparse.Namespace) -> int:
     """Runs the cases; 1 when results disagree."""
     console.require("rich", "bench")
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
     from rich.table import Table
 
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    out = Console(highlight=False)
+    out = console.make_console()
     cases = [case for case in CASES if args.op is None or case.op in args.op][: args.first]
     rows: list[Row] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())

@@ -140,18 +140,17 @@ def examine(target: Target) -> Outcome:
 def run(args: argparse.Namespace) -> int:
     """Runs the comparisons; 1 when one of them fails."""
     console.require("rich", "check")
-    from rich.console import Console
     from rich.progress import track
     from rich.table import Table
 
     import fastseq
 
-    out = Console(highlight=False)
+    out = console.make_console()
     facts = fastseq.info()
     todo = list(targets(args.op or list(OPERATIONS), args.dtype or list(DTYPES)))
     outcomes = [examine(target) for target in track(todo, "comparing", console=out, transient=True)]
 
-    table = Table("operation", "implementation", "instructions", "dtype", "cases", "tensors", "error / allowed", "")
+    table = Table("op", "backend", "isa", "dtype", "cases", "tensors", "error/allowed", "")
     for outcome in outcomes:
         table.add_row(
             outcome.target.op,

@@ -6,7 +6,10 @@ import json
 import tempfile
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 class CommandError(Exception):
@@ -28,6 +31,14 @@ def require(name: str, purpose: str) -> ModuleType:
         raise CommandError(
             f"{purpose} needs the package '{package}', which is not installed: pip install 'fastseq[cli]'"
         ) from None
+
+
+def make_console() -> "Console":
+    """Where a command prints: as wide as the terminal, and wide enough for every table in a pipe or a file."""
+    from rich.console import Console
+
+    out = Console(highlight=False)
+    return out if out.is_terminal else Console(highlight=False, width=120)
 
 
 def check_writable(path: Path) -> None:

@@ -290,10 +290,9 @@ def run(args: argparse.Namespace) -> int:
     if args.out.suffix.lower() not in (".png", ".pdf", ".svg"):
         raise console.CommandError(f"--out: expected a name that ends in .png, .pdf or .svg, got {args.out}")
 
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    out = Console(highlight=False)
+    out = console.make_console()
     facts = fastseq.info()
     served = facts["ops"]["lstm"]["cpu"]
     text = Text.load()
