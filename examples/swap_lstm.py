@@ -1,4 +1,4 @@
-"""A model with ``nn.LSTM`` inside, moved to fastseq. Prints the type of its layer now, and how far the results differ."""
+"""A model with ``nn.LSTM`` inside, moved to fastseq. Prints the type of its layer now, and how far results differ."""
 
 import torch
 from torch import nn
