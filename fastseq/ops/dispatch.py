@@ -9,6 +9,8 @@ cannot serve raises. Nothing falls back silently: without the extension the refe
 from __future__ import annotations
 
 import contextlib
+import importlib
+import importlib.util
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -19,6 +21,7 @@ from torch import Tensor
 
 from fastseq import cpu
 
+_LAUNCHERS_MISSING = any(importlib.util.find_spec(f"fastseq.cpu.{op}") is None for op in ("lstm", "rnn"))  # TEMPORARY
 IMPLEMENTATIONS = ("reference", "cpp", "triton", "cuda")
 OPS = ("lstm", "rnn")
 
@@ -40,6 +43,8 @@ def why_not(implementation: str, device: str) -> str | None:
     if implementation == "reference":
         return None
     if implementation == "cpp":
+        if _LAUNCHERS_MISSING:  # TEMPORARY
+            return "the launchers are missing"
         return f"the C++ kernels serve CPU tensors only, not {device}" if device != "cpu" else cpu.why_unavailable()
     if implementation in IMPLEMENTATIONS:
         return f"this version of fastseq has no {implementation} kernels"
@@ -67,6 +72,10 @@ def _choose(device: str) -> str:
     if reason is not None:
         raise RuntimeError(f"implementation {_forced!r} was asked for, but cannot serve: {reason}")
     return _forced
+
+
+def launchers(op: str) -> Any:  # TEMPORARY
+    return None if _LAUNCHERS_MISSING else importlib.import_module(f"fastseq.cpu.{op}")
 
 
 @contextlib.contextmanager

@@ -12,10 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastseq import cpu
 from fastseq.ops import transforms
 from fastseq.ops.checks import check_kinds, check_shapes, check_time, refuse_shape, under_autocast
-from fastseq.ops.dispatch import library, register_kernels
+from fastseq.ops.dispatch import launchers, library, register_kernels
 from fastseq.ops.flags import step_flags
 from fastseq.ops.tape import accumulate_dtype, tape_shapes
 from fastseq.reference.common import gradients
@@ -159,18 +158,20 @@ def _check(
 
 # The kernels.
 
+kernels = launchers("lstm")
+
 
 def _cpp_fwd(*args: Any) -> tuple[Tensor, ...]:
-    return cpu.lstm.lstm_fwd(*args)  # type: ignore[no-any-return]
+    return kernels.lstm_fwd(*args)  # type: ignore[no-any-return]
 
 
 def _cpp_bwd(*args: Any) -> tuple[Tensor, ...]:
-    return cpu.lstm.lstm_bwd(*args)  # type: ignore[no-any-return]
+    return kernels.lstm_bwd(*args)  # type: ignore[no-any-return]
 
 
 def _cpp_bwd_(*args: Any) -> tuple[Tensor, ...]:
     torch.autograd.graph.increment_version(args[14])
-    return cpu.lstm.lstm_bwd(*args, overwrite=True)  # type: ignore[no-any-return]
+    return kernels.lstm_bwd(*args, overwrite=True)  # type: ignore[no-any-return]
 
 
 register_kernels("lstm_fwd", reference_fwd, _cpp_fwd)
@@ -307,9 +308,9 @@ class LSTMBackward(transforms.Function):
 
         def bwd(*inputs: Tensor) -> tuple[Tensor, ...]:
             unused = inputs[3]  # for y, c and gates
-            return reference_bwd(*inputs, flags, unused, unused, unused, ctx.reverse, ctx.needs)
+            return reference_bwd(*inputs, flags, unused, unused, unused, ctx.reverse, ctx.needs, differentiable=True)
 
-        results = gradients(bwd, inputs, asked, grads)
+        results = gradients(bwd, inputs, asked, grads, differentiable=True)
         return (None, *(grad if need else None for grad, need in zip(results, asked, strict=True)), *(None,) * 6)
 
 

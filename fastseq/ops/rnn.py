@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastseq import cpu
 from fastseq.ops import transforms
 from fastseq.ops.checks import check_kinds, check_shapes, check_time, refuse_shape, under_autocast
-from fastseq.ops.dispatch import library, register_kernels
+from fastseq.ops.dispatch import launchers, library, register_kernels
 from fastseq.ops.flags import step_flags
 from fastseq.reference.common import gradients
 from fastseq.reference.rnn import NONLINEARITIES
@@ -118,13 +117,15 @@ def _check(x: Tensor, h0: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | Non
 
 # The kernels.
 
+kernels = launchers("rnn")
+
 
 def _cpp_fwd(*args: Any) -> tuple[Tensor, ...]:
-    return cpu.rnn.rnn_fwd(*args)  # type: ignore[no-any-return]
+    return kernels.rnn_fwd(*args)  # type: ignore[no-any-return]
 
 
 def _cpp_bwd(*args: Any) -> tuple[Tensor, ...]:
-    return cpu.rnn.rnn_bwd(*args)  # type: ignore[no-any-return]
+    return kernels.rnn_bwd(*args)  # type: ignore[no-any-return]
 
 
 register_kernels("rnn_fwd", reference_fwd, _cpp_fwd)
@@ -220,9 +221,9 @@ class RNNBackward(transforms.Function):
 
         def bwd(*inputs: Tensor) -> tuple[Tensor, ...]:
             unused = inputs[2]  # for y
-            return reference_bwd(*inputs, flags, unused, *ctx.options)
+            return reference_bwd(*inputs, flags, unused, *ctx.options, differentiable=True)
 
-        results = gradients(bwd, inputs, asked, grads)
+        results = gradients(bwd, inputs, asked, grads, differentiable=True)
         return (None, *(grad if need else None for grad, need in zip(results, asked, strict=True)), *(None,) * 5)
 
 

@@ -65,12 +65,14 @@ def gradients(
     inputs: Sequence[Tensor | None],
     asked: Sequence[object],
     received: Sequence[Tensor | None],
+    *,
+    differentiable: bool = False,
 ) -> tuple[Tensor, ...]:
-    """The gradients of the ``asked`` among the ``inputs`` of ``function``, given the ``received`` gradients of its first results.
+    """Gradients of ``function`` with respect to those of its ``inputs`` that are ``asked`` for.
 
-    A result whose gradient is None is not used. An input that is not asked for, or is None, gets a tensor of shape ``[0]``.
-    It is ``torch.func.vjp`` and not ``torch.autograd.grad`` for three reasons: inputs that depend on each other stay apart, it
-    works below the autograd dispatch key (as in a compiled graph), and autograd and every transform can pass through it again.
+    ``received`` are the gradients of its first results; None says that a result is not used. An input that is not asked for, or
+    is None, gets a tensor of shape ``[0]``. With ``differentiable``, autograd and every transform can pass through; without, it may
+    be called below the autograd dispatch key, as a kernel is.
     """
     example = next(value for value in inputs if value is not None)
     results = [example.new_empty(0) for _ in inputs]
@@ -78,7 +80,7 @@ def gradients(
     used = {index: grad for index, grad in enumerate(received) if grad is not None}
     if not used:
         for index, value in wanted.items():
-            results[index] = torch.zeros_like(value)
+            results[index] = torch.zeros_like(value, memory_format=torch.contiguous_format)
     elif wanted:
 
         def of_wanted(*values: Tensor) -> tuple[Tensor, ...]:
@@ -88,8 +90,37 @@ def gradients(
             outputs = function(*full)
             return tuple(outputs[index] for index in used)
 
+        pull_back = _pull_back_differentiably if differentiable else _pull_back
         with without_autocast(example):
-            pullback = torch.func.vjp(of_wanted, *wanted.values())[1]
-            for index, grad in zip(wanted, pullback(tuple(used.values())), strict=True):
-                results[index] = grad
+            found = pull_back(of_wanted, tuple(wanted.values()), tuple(used.values()))
+        for index, grad in zip(wanted, found, strict=True):
+            results[index] = grad
     return tuple(results)
+
+
+def _pull_back_differentiably(
+    function: Callable[..., tuple[Tensor, ...]], inputs: tuple[Tensor, ...], received: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
+    # Not torch.autograd.grad: inputs that depend on each other must stay apart, and it knows nothing of functorch's levels.
+    pullback = torch.func.vjp(function, *inputs)[1]
+    return pullback(received)  # type: ignore[no-any-return]
+
+
+def _pull_back(
+    function: Callable[..., tuple[Tensor, ...]], inputs: tuple[Tensor, ...], received: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
+    # A kernel may run with autograd switched off in the dispatcher, as within a compiled graph or a dispatch mode.
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    for key in _AUTOGRAD_KEYS:
+        excluded = excluded.remove(key)
+    with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded), torch.enable_grad():
+        leaves = [value.detach().requires_grad_() for value in inputs]
+        found = torch.autograd.grad(function(*leaves), leaves, received, materialize_grads=True)
+    return tuple(grad.contiguous() for grad in found)
+
+
+_AUTOGRAD_KEYS = (
+    torch._C.DispatchKey.AutogradFunctionality,
+    torch._C.DispatchKey.AutogradOther,
+    torch._C.DispatchKey.AutogradNestedTensor,
+)

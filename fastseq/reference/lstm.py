@@ -126,6 +126,8 @@ def lstm_bwd(
     gates: Tensor,
     reverse: bool,
     needs: int,
+    *,
+    differentiable: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The kernel ``fastseq::lstm_bwd``: ``dx, dh0, dc0, dw_ih, dw_hh, db, dw_hr``, by autograd, without the tape.
 
@@ -147,5 +149,6 @@ def lstm_bwd(
         (x, h0, c0, w_ih, w_hh, bias, w_hr),
         (needs & 1, state, state, weights, weights, weights, weights),
         (grad_y, grad_h_n, grad_c_n),
+        differentiable=differentiable,
     )
     return dx, dh0, dc0, dw_ih, dw_hh, db, dw_hr

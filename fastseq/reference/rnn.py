@@ -98,6 +98,8 @@ def rnn_bwd(
     nonlinearity: str,
     reverse: bool,
     needs: int,
+    *,
+    differentiable: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The kernel ``fastseq::rnn_bwd``: ``dx, dh0, dw_ih, dw_hh, db``, by autograd, without the saved ``y``.
 
@@ -117,5 +119,6 @@ def rnn_bwd(
         (x, h0, w_ih, w_hh, bias),
         (needs & 1, needs & 2, weights, weights, weights),
         (grad_y, grad_h_n),
+        differentiable=differentiable,
     )
     return dx, dh0, dw_ih, dw_hh, db
