@@ -1,7 +1,7 @@
 // What Python hands to a kernel: pointers, strides and sizes, nothing about torch.
 //
-// All arrays are dense and row-major but for x and grad_y, whose strides over time and batch are given in elements. T is the
-// number of steps, B the batch, I the input size, H the hidden size, P the size of h (H, or the projection's).
+// All arrays are dense and row-major but for x and grad_y, whose strides over time and batch are given in elements. T
+// is the number of steps, B the batch, I the input size, H the hidden size, P the size of h (H, or the projection's).
 // Storage is what the user's tensors hold; arithmetic is in float (double for double).
 #pragma once
 
@@ -48,9 +48,9 @@ struct BackwardParams {
   const uint8_t* flags;
   bool reverse;
   const void *y, *c, *gates;
-  void* dgates;                              // [T, B, gates_width]; may be `gates` itself
-  void *dx, *dh0, *dc0;                      // each may be null: not asked for
-  void *dw_ih, *dw_hh, *db, *dw_hr;          // likewise
+  void* dgates;                      // [T, B, gates_width]; may be `gates` itself
+  void *dx, *dh0, *dc0;              // each may be null: not asked for
+  void *dw_ih, *dw_hh, *db, *dw_hr;  // likewise
   int threads;
 };
 

@@ -122,9 +122,7 @@ FASTSEQ_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) { re
 #if defined(__AVX512F__)
 FASTSEQ_INLINE __mmask16 mask16(int count) { return static_cast<__mmask16>(count >= 16 ? 0xffffu : (1u << count) - 1); }
 FASTSEQ_INLINE __mmask8 mask8(int count) { return static_cast<__mmask8>(count >= 8 ? 0xffu : (1u << count) - 1); }
-FASTSEQ_INLINE Vec<float> load_part(const float* from, int count) {
-  return _mm512_maskz_loadu_ps(mask16(count), from);
-}
+FASTSEQ_INLINE Vec<float> load_part(const float* from, int count) { return _mm512_maskz_loadu_ps(mask16(count), from); }
 FASTSEQ_INLINE Vec<double> load_part(const double* from, int count) {
   return _mm512_maskz_loadu_pd(mask8(count), from);
 }

@@ -1,23 +1,17 @@
 """Launchers of the C++ kernels in ``fastseq._cpu``: tensors in, pointers down, tensors out.
 
-An extension that was never built is allowed, and said by :func:`why_unavailable`; one that is there and does not load raises,
-since a broken build must not look like a slow one.
+An extension that was never built is allowed, and said by :func:`why_unavailable`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 from collections.abc import Iterator
 
-import torch  # noqa: F401  (loads the OpenMP runtime that the extension shares)
+from fastseq.cpu import lstm, rnn
+from fastseq.cpu.extension import _cpu
 
-if importlib.util.find_spec("fastseq._cpu") is None:
-    _cpu = None
-else:
-    from fastseq import _cpu  # type: ignore[attr-defined,no-redef]
-
-__all__ = ["available", "isa", "isas", "use_isa", "why_unavailable"]
+__all__ = ["available", "isa", "isas", "lstm", "rnn", "use_isa", "why_unavailable"]
 
 
 def available() -> bool:

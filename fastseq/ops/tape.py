@@ -31,3 +31,8 @@ def tape_shapes(steps: int, batch: int, hidden: int) -> tuple[tuple[int, int, in
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype that sums, cell states and the tape are kept in: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def elman_gates_shape(steps: int, batch: int, hidden: int) -> tuple[int, int, int]:
+    """The shape of the one gate's gradients in an Elman layer's backward, which needs no tape but ``y``."""
+    return steps, batch, padded(hidden) + LANES

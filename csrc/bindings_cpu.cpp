@@ -1,0 +1,133 @@
+// fastseq._cpu: the C++ CPU kernels for Python. Pointers, strides and sizes come in as integers (0 is the null
+// pointer), so that one build serves every version of torch. fastseq/cpu/ checks shapes and owns the memory.
+#include <omp.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cpu/params.h"
+#include "cpu/select.h"
+
+namespace py = pybind11;
+
+namespace fastseq {
+namespace {
+
+using Address = std::uintptr_t;
+
+template <typename Item = void>
+Item* pointer(Address address) {
+  return reinterpret_cast<Item*>(address);
+}
+
+template <typename Params>
+void set_sizes(Params& p, int storage, int activation, const std::vector<std::int64_t>& sizes, int threads) {
+  if (storage < 0 || storage > static_cast<int>(Storage::kFloat16)) throw std::invalid_argument("unknown storage type");
+  if (activation < 0 || activation > static_cast<int>(Activation::kIdentity))
+    throw std::invalid_argument("unknown activation");
+  if (sizes.size() != 5) throw std::invalid_argument("sizes must be (T, B, I, H, P)");
+  for (std::size_t i = 0; i < sizes.size(); ++i)  // an input of no columns is allowed: a layer that hears only itself
+    if (sizes[i] < (i == 2 ? 0 : 1)) throw std::invalid_argument("sizes (T, B, I, H, P) out of range");
+  p.storage = static_cast<Storage>(storage);
+  p.activation = static_cast<Activation>(activation);
+  p.T = sizes[0], p.B = sizes[1], p.I = sizes[2], p.H = sizes[3], p.P = sizes[4];
+  p.threads = threads < 1 ? 1 : threads;
+}
+
+void require(bool present, const char* what) {
+  if (!present) throw std::invalid_argument(std::string(what) + " must not be null");
+}
+
+ForwardParams forward_params(int storage, int activation, const std::vector<std::int64_t>& sizes, Address x,
+                             std::int64_t x_stride_t, std::int64_t x_stride_b, Address h0, Address c0, Address w_ih,
+                             Address w_hh, Address b_ih, Address b_hh, Address w_hr, Address flags, bool reverse,
+                             Address y, Address h_n, Address c_n, Address c, Address gates, int threads) {
+  ForwardParams p{};
+  set_sizes(p, storage, activation, sizes, threads);
+  require(((x && w_ih) || sizes[2] == 0) && h0 && w_hh && y && h_n, "x, h0, w_ih, w_hh, y and h_n");
+  p.x_stride_t = x_stride_t, p.x_stride_b = x_stride_b;
+  p.x = pointer(x), p.h0 = pointer(h0), p.c0 = pointer(c0);
+  p.w_ih = pointer(w_ih), p.w_hh = pointer(w_hh), p.w_hr = pointer(w_hr);
+  p.b_ih = pointer(b_ih), p.b_hh = pointer(b_hh);
+  p.flags = pointer<std::uint8_t>(flags);
+  p.reverse = reverse;
+  p.y = pointer(y), p.h_n = pointer(h_n), p.c_n = pointer(c_n);
+  p.c = pointer(c), p.gates = pointer(gates);
+  return p;
+}
+
+BackwardParams backward_params(int storage, int activation, const std::vector<std::int64_t>& sizes, Address grad_y,
+                               std::int64_t grad_y_stride_t, std::int64_t grad_y_stride_b, Address grad_h_n,
+                               Address grad_c_n, Address x, std::int64_t x_stride_t, std::int64_t x_stride_b,
+                               Address h0, Address c0, Address w_ih, Address w_hh, Address w_hr, Address flags,
+                               bool reverse, Address y, Address c, Address gates, Address dgates, Address dx,
+                               Address dh0, Address dc0, Address dw_ih, Address dw_hh, Address db, Address dw_hr,
+                               int threads) {
+  BackwardParams p{};
+  set_sizes(p, storage, activation, sizes, threads);
+  require(((x && w_ih) || sizes[2] == 0) && h0 && w_hh && y && dgates, "x, h0, w_ih, w_hh, y and dgates");
+  p.grad_y = pointer(grad_y), p.grad_h_n = pointer(grad_h_n), p.grad_c_n = pointer(grad_c_n);
+  p.grad_y_stride_t = grad_y_stride_t, p.grad_y_stride_b = grad_y_stride_b;
+  p.x_stride_t = x_stride_t, p.x_stride_b = x_stride_b;
+  p.x = pointer(x), p.h0 = pointer(h0), p.c0 = pointer(c0);
+  p.w_ih = pointer(w_ih), p.w_hh = pointer(w_hh), p.w_hr = pointer(w_hr);
+  p.flags = pointer<std::uint8_t>(flags);
+  p.reverse = reverse;
+  p.y = pointer(y), p.c = pointer(c), p.gates = pointer(gates), p.dgates = pointer(dgates);
+  p.dx = pointer(dx), p.dh0 = pointer(dh0), p.dc0 = pointer(dc0);
+  p.dw_ih = pointer(dw_ih), p.dw_hh = pointer(dw_hh), p.db = pointer(db), p.dw_hr = pointer(dw_hr);
+  if (p.dw_ih || p.dw_hh)
+    require((dw_ih || sizes[2] == 0) && dw_hh && (!w_hr || dw_hr), "the weights' gradients, given in part,");
+  return p;
+}
+
+void check_lstm_forward(const ForwardParams& p) {
+  require(p.c0 && p.c_n, "c0 and c_n");
+  if ((p.c == nullptr) != (p.gates == nullptr)) throw std::invalid_argument("the tape is both c and gates, or neither");
+  if (p.w_hr == nullptr && p.P != p.H) throw std::invalid_argument("without w_hr, P must be H");
+}
+void check_lstm_backward(const BackwardParams& p) {
+  require(p.c0 && p.c && p.gates, "c0, c and gates");
+  if (p.w_hr == nullptr && p.P != p.H) throw std::invalid_argument("without w_hr, P must be H");
+}
+template <typename Params>
+void check_rnn(const Params& p) {
+  if (p.w_hr != nullptr || p.P != p.H) throw std::invalid_argument("an Elman layer has no projection: P must be H");
+}
+
+// A Python function that takes what `make` takes, checks the params it gives, and runs the kernel without the GIL.
+template <auto kKernel, typename Params, typename... Arguments>
+auto bind(Params (*make)(Arguments...), void (*check)(const Params&)) {
+  return [make, check](Arguments... arguments) {
+    const Params p = make(arguments...);
+    check(p);
+    const py::gil_scoped_release release;
+    (current_kernels().*kKernel)(p);
+  };
+}
+
+std::vector<std::string> names() {
+  std::vector<std::string> found;
+  for (const KernelTable* table : runnable_kernels()) found.emplace_back(table->name);
+  return found;
+}
+
+}  // namespace
+}  // namespace fastseq
+
+PYBIND11_MODULE(_cpu, m) {
+  using namespace fastseq;
+  m.doc() = "C++ CPU kernels of fastseq. Call them through fastseq.functional, which checks what these do not.";
+  m.def("isa", [] { return std::string(current_kernels().name); });
+  m.def("isas", &names);
+  m.def("use_isa", &use_kernels);
+  m.def("openmp_threads", &omp_get_max_threads);
+  m.def("lstm_forward", bind<&KernelTable::lstm_forward>(&forward_params, &check_lstm_forward));
+  m.def("lstm_backward", bind<&KernelTable::lstm_backward>(&backward_params, &check_lstm_backward));
+  m.def("rnn_forward", bind<&KernelTable::rnn_forward>(&forward_params, &check_rnn<ForwardParams>));
+  m.def("rnn_backward", bind<&KernelTable::rnn_backward>(&backward_params, &check_rnn<BackwardParams>));
+}

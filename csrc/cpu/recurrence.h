@@ -1,0 +1,394 @@
+// A recurrent layer over a whole sequence in one direction, forward and back-propagation through time (BPTT).
+//
+// Forward: the input projection of a chunk of time, then per step one product with the packed recurrent weights per
+// tile of kTileRows batch rows and four vectors, the cell on the tile's registers. Backward: per step one product
+// dgates_{t+1} R per tile, the cell's derivative on its registers; the input's and the weights' gradients follow as
+// large products. One parallel region holds it all. A Cell (lstm.h, rnn.h) says how many gates there are and how their
+// weights are packed.
+#pragma once
+
+#include "gradients.h"
+#include "lstm.h"
+#include "rnn.h"
+#include "workspace.h"
+
+namespace fastseq {
+namespace {
+
+// Measures a kernel's scratch memory, places it, and runs the kernel on its threads.
+template <typename Kernel, typename Params>
+void launch(const Params& p) {
+  Kernel sizes(p);
+  Carver measure(nullptr);
+  sizes.place(measure);
+  const Workspace workspace(static_cast<size_t>(measure.used()));
+  Kernel kernel(p);
+  Carver carver(workspace.data());
+  kernel.place(carver);
+  kernel.prepare();
+  const ParallelBody body = [](void* self, int thread, int threads) {
+    static_cast<Kernel*>(self)->work(thread, threads);
+  };
+  run_parallel(kernel.threads(), body, &kernel);
+  kernel.finish();
+}
+
+template <typename Cell, typename Real, bool kFlags>
+class RecurrentForward {
+ public:
+  explicit RecurrentForward(const ForwardParams& p)
+      : p_(p),
+        clock_{p.T, p.reverse},
+        batch_(p.B),
+        width_(tape_width(p.H)),
+        gates_stride_(gates_width(p.H, Cell::kGates)),
+        vectors_(width_ / kLanes<Real>),
+        out_vectors_(tape_width(p.P) / kLanes<Real>),
+        chunk_(chunk_steps(p.T, p.B, gates_stride_ * static_cast<int64_t>(sizeof(Real)))),
+        threads_(useful_threads(p.threads, p.T * p.B * Cell::kGates * p.H * (p.I + p.P), batch_.count(), vectors_)) {}
+
+  int threads() const { return threads_; }
+
+  void place(Carver& carver) {
+    const int64_t B = p_.B;
+    w_ = carver.take<Real>(Cell::kGates * width_ * p_.I);
+    r_ = carver.take<Real>(Cell::kGates * width_ * p_.P);
+    w_hr_ = p_.w_hr ? carver.take<Real>(out_vectors_ * p_.H * kLanes<Real>) : nullptr;
+    unprojected_ = p_.w_hr ? carver.take<Real>(B * width_) : nullptr;
+    bias_ = carver.take<Real>(Cell::kGates * width_);
+    c_ = Cell::kHasC ? carver.take<Real>(B * width_) : nullptr;
+    gates_ = p_.gates ? nullptr : carver.take<Real>(chunk_ * B * gates_stride_);
+    const int64_t staged = chunk_ * B * p_.I;
+    staged_stride_ = InputProjection<Real>::needs_staging(p_.storage, B, p_.x_stride_t, p_.x_stride_b) ? staged : 0;
+    staged_ = staged_stride_ ? carver.take<Real>(threads_ * staged_stride_) : nullptr;
+    hidden_ = {p_.storage,        clock_, B, p_.P, p_.flags, p_.y, carver.take<Real>(B * tape_width(p_.P)),
+               {nullptr, nullptr}};
+    if (hidden_.needs_slots(p_.storage))
+      for (Real*& slot : hidden_.slots) slot = carver.take<Real>(B * hidden_.width());
+    progress_stride_ = round_up(batch_.count(), 8);
+    progress_ = carver.take<int64_t>(threads_ * progress_stride_);
+  }
+
+  void prepare() {
+    memset(progress_, 0, static_cast<size_t>(threads_ * progress_stride_) * sizeof(int64_t));
+    hidden_.prepare(p_.h0);
+    if (Cell::kHasC) load_rows<Real>(p_.storage, p_.c0, p_.H, c_, width_, p_.B, p_.H);
+    for (int64_t gate = 0; gate < Cell::kGates; ++gate) {
+      Real* to = bias_ + gate * width_;
+      load_rows<Real>(p_.storage, p_.b_ih ? at(p_.b_ih, p_.storage, gate * p_.H) : nullptr, 0, to, width_, 1, p_.H);
+      if (p_.b_hh)
+        for (int64_t n = 0; n < width_; n += kLanes<Real>) {
+          const int inside = lanes_inside<Real>(p_.H, n);
+          if (inside) store(to + n, load(to + n) + load_as<Real>(p_.storage, p_.b_hh, gate * p_.H + n, inside));
+        }
+    }
+  }
+
+  void work(int thread, int threads) {
+    const Team team(thread, threads, batch_.count(), vectors_ < out_vectors_ ? vectors_ : out_vectors_,
+                    Cell::kGates * p_.H * p_.P * static_cast<int64_t>(sizeof(Real)), progress_, progress_stride_);
+    const Range units = team.slice(vectors_), outs = team.slice(out_vectors_);
+    if (!team.idle()) {
+      // Where groups read the same weights, the first packs those of the recurrence, the last those of the input.
+      if (team.group == 0) Cell::template pack<Real>(p_.storage, p_.w_hh, p_.H, p_.P, units, r_);
+      if (team.group == team.groups - 1) Cell::template pack<Real>(p_.storage, p_.w_ih, p_.H, p_.I, units, w_);
+      if (p_.w_hr && team.group == 0)
+        pack_transposed<Real>(p_.storage, p_.w_hr, p_.P, p_.H, {outs.begin, outs.end}, w_hr_);
+    }
+    if (team.groups > 1) barrier_.wait(threads);
+    if (team.idle()) return;
+
+    const InputProjection<Real> projection{p_.storage,
+                                           p_.x,
+                                           p_.x_stride_t,
+                                           p_.x_stride_b,
+                                           p_.B,
+                                           p_.I,
+                                           staged_ ? staged_ + thread * staged_stride_ : nullptr};
+    int64_t phase = 0;
+    for (int64_t first = 0; first < p_.T; first += chunk_) {
+      const int64_t last = first + chunk_ < p_.T ? first + chunk_ : p_.T;
+      const int64_t begin = p_.reverse ? clock_.time(last - 1) : first;  // in time
+      projection.stage(begin, begin + last - first, team, batch_);
+      const PanelRange panels = Cell::panels(units);
+      for (int64_t i = 0; i < panels.count(); ++i) {
+        const Panel panel = panels.at(i);
+        projection.sweep(begin, begin + last - first, team, batch_, [&](Product<Real> product, int rows, int64_t row) {
+          const int64_t column = panel.first * kLanes<Real>;
+          product.panel = w_ + column * p_.I * Cell::kGates;
+          const ProjectionOp<Real> op{bias_ + column, gates(begin, begin) + row * gates_stride_ + column, gates_stride_,
+                                      Cell::template slot_stride<Real>(width_)};
+          Cell::template run<Chains::kOne, Real>(rows, panel, op, product);
+        });
+      }
+      for (int64_t step = first; step < last; ++step) {
+        team.sweep(phase++, panels, [&](const Panel& panel, int64_t tile) { cell(step, begin, panel, tile); });
+        if (p_.w_hr)
+          team.sweep(phase++, {outs.begin, outs.end},
+                     [&](const Panel& panel, int64_t tile) { project(step, panel, tile); });
+      }
+    }
+  }
+
+  void finish() const {
+    hidden_.finish(p_.h_n);
+    if (Cell::kHasC) store_rows<Real>(p_.storage, c_at(p_.T - 1), width_, p_.c_n, p_.H, p_.B, p_.H);
+  }
+
+ private:
+  // The gates of time t; without a tape the chunk that begins at time `begin` is all there is.
+  Real* gates(int64_t t, int64_t begin) const {
+    if (p_.gates) return static_cast<Real*>(p_.gates) + t * p_.B * gates_stride_;
+    return gates_ + (t - begin) * p_.B * gates_stride_;
+  }
+  Real* c_at(int64_t step) const {
+    return p_.c && step >= 0 ? static_cast<Real*>(p_.c) + clock_.time(step) * p_.B * width_ : c_;
+  }
+
+  void cell(int64_t step, int64_t begin, const Panel& panel, int64_t tile) const {
+    const int64_t t = clock_.time(step), row = batch_.first(tile), column = panel.first * kLanes<Real>;
+    const int64_t stride = hidden_.read_stride(step);
+    const Product<Real> product{r_ + column * p_.P * Cell::kGates, p_.P, hidden_.read(step) + row * stride, stride};
+    Real* preactivation = gates(t, begin) + row * gates_stride_ + column;
+    if constexpr (Cell::kHasC) {
+      const LstmCellOp<Real, kFlags> op{preactivation,
+                                        p_.gates ? preactivation : nullptr,
+                                        gates_stride_,
+                                        width_,
+                                        c_at(step - 1) + row * width_ + column,
+                                        c_at(step) + row * width_ + column,
+                                        width_,
+                                        unprojected_ ? unprojected_ + row * width_ + column : nullptr,
+                                        unprojected_ ? Sink{} : hidden_.sink(step, row, column),
+                                        kFlags ? p_.flags + t * p_.B + row : nullptr};
+      Cell::template run<Chains::kSide, Real>(batch_.height(tile), panel, op, product);
+    } else {
+      const HiddenOp<Real, kFlags> op{p_.activation, preactivation, gates_stride_, hidden_.sink(step, row, column)};
+      Cell::template run<Chains::kSide, Real>(batch_.height(tile), panel, op, product);
+    }
+  }
+  void project(int64_t step, const Panel& panel, int64_t tile) const {
+    const int64_t row = batch_.first(tile), column = panel.first * kLanes<Real>;
+    const HiddenOp<Real, kFlags> op{Activation::kIdentity, nullptr, 0, hidden_.sink(step, row, column)};
+    run_tile<Chains::kSide, ALayout::kRows, Real>(
+        batch_.height(tile), panel.vectors, op,
+        Product<Real>{w_hr_ + column * p_.H, p_.H, unprojected_ + row * width_, width_});
+  }
+
+  using Sink = typename HiddenState<Real, kFlags>::Sink;
+  const ForwardParams& p_;
+  Clock clock_;
+  RowTiles batch_;
+  int64_t width_, gates_stride_, vectors_, out_vectors_, chunk_;
+  int threads_;
+  Real *w_ = nullptr, *r_ = nullptr, *w_hr_ = nullptr, *unprojected_ = nullptr, *bias_ = nullptr, *c_ = nullptr;
+  Real *gates_ = nullptr, *staged_ = nullptr;
+  int64_t staged_stride_ = 0, progress_stride_ = 0;
+  int64_t* progress_ = nullptr;
+  HiddenState<Real, kFlags> hidden_{};
+  Barrier barrier_;
+};
+
+template <typename Cell, typename Real, bool kFlags>
+class RecurrentBackward {
+ public:
+  explicit RecurrentBackward(const BackwardParams& p)
+      : p_(p),
+        clock_{p.T, p.reverse},
+        batch_(p.B),
+        width_(tape_width(p.H)),
+        gates_stride_(gates_width(p.H, Cell::kGates)),
+        dh_stride_(gates_width(p.P, 1)),
+        vectors_(width_ / kLanes<Real>),
+        out_vectors_(tape_width(p.P) / kLanes<Real>),
+        threads_(useful_threads(p.threads, p.T * p.B * Cell::kGates * p.H * (p.I + p.P), batch_.count(), vectors_)) {}
+
+  int threads() const { return threads_; }
+
+  void place(Carver& carver) {
+    const int64_t B = p_.B, T = p_.T, n = kLanes<Real>, K = Cell::kGates * width_;
+    r_ = carver.take<Real>(K * out_vectors_ * n);
+    dc_ = Cell::kHasC ? carver.take<Real>(B * width_) : nullptr;
+    c0_ = Cell::kHasC ? carver.take<Real>(B * width_) : nullptr;
+    hidden_ = {p_.storage,         clock_,  B,      p_.P, p_.flags, p_.grad_y, p_.grad_y_stride_t,
+               p_.grad_y_stride_b, nullptr, nullptr};
+    const int64_t hidden = B * hidden_.width(p_.P);
+    if (kFlags)
+      hidden_.carry = carver.take<Real>(hidden);
+    else if (p_.grad_h_n)
+      hidden_.last = carver.take<Real>(hidden);
+    if (p_.w_hr) {
+      w_hr_ = carver.take<Real>(p_.P * width_);
+      dh_ = carver.take<Real>(T * B * dh_stride_);
+      unprojected_ = carver.take<Real>(T * B * width_);
+    }
+    if (p_.dx) {
+      w_ = carver.take<Real>(K * round_up(p_.I, n));
+      block_ = carver.take<Real>(threads_ * InputGradient<Real>::block_numbers());
+    }
+    if (weights()) {
+      const int64_t widest = p_.w_hr && p_.H > p_.P ? p_.H : p_.P, columns = widest > p_.I ? widest : p_.I;
+      panels_ = carver.take<Real>(WeightGradient<Real>::panel_numbers(columns));
+      packed_ = carver.take<Real>(threads_ * WeightGradient<Real>::packed_numbers());
+      const int64_t rows = p_.w_hr && p_.P > Cell::kGates * p_.H ? p_.P : Cell::kGates * p_.H;
+      if (WeightGradient<Real>::needs_sums(p_.storage)) sums_ = carver.take<Real>(rows * columns);
+      if (p_.db) db_ = carver.take<Real>(batch_.count() * K);
+    }
+    progress_stride_ = round_up(batch_.count(), 8);
+    progress_ = carver.take<int64_t>(threads_ * progress_stride_);
+  }
+
+  void prepare() {
+    memset(progress_, 0, static_cast<size_t>(threads_ * progress_stride_) * sizeof(int64_t));
+    if (Cell::kHasC) {
+      load_rows<Real>(p_.storage, p_.grad_c_n, p_.H, dc_, width_, p_.B, p_.H);
+      load_rows<Real>(p_.storage, p_.c0, p_.H, c0_, width_, p_.B, p_.H);
+    }
+    if (Real* last = kFlags ? hidden_.carry : hidden_.last)
+      load_rows<Real>(p_.storage, p_.grad_h_n, p_.P, last, hidden_.width(p_.P), p_.B, p_.P);
+    if (db_) memset(db_, 0, static_cast<size_t>(batch_.count() * Cell::kGates * width_) * sizeof(Real));
+  }
+
+  void work(int thread, int threads) {
+    const Team team(thread, threads, batch_.count(), vectors_ < out_vectors_ ? vectors_ : out_vectors_,
+                    Cell::kGates * p_.H * p_.P * static_cast<int64_t>(sizeof(Real)), progress_, progress_stride_);
+    if (!team.idle()) {
+      const Range outs = team.slice(out_vectors_), units = team.slice(vectors_);
+      pack_plain<Real>(p_.storage, p_.w_hh, Cell::kGates, p_.H, width_, p_.P, {outs.begin, outs.end},
+                       team.share({0, width_}), r_);
+      if (p_.w_hr)
+        pack_plain<Real>(p_.storage, p_.w_hr, 1, p_.P, p_.P, p_.H, {units.begin, units.end}, team.share({0, p_.P}),
+                         w_hr_);
+    }
+    const PanelRange inputs{0, divide_up(p_.I, kLanes<Real>)};
+    if (p_.dx)
+      pack_plain<Real>(p_.storage, p_.w_ih, Cell::kGates, p_.H, width_, p_.I, inputs, split(width_, threads, thread),
+                       w_);
+    barrier_.wait(threads);
+    if (!team.idle()) through_time(team);
+    barrier_.wait(threads);
+
+    const GateGradients<Real> d{
+        static_cast<const Real*>(p_.dgates), gates_stride_, Cell::kGates, p_.H, width_, p_.T * p_.B};
+    if (p_.dx)
+      InputGradient<Real>{d, p_.storage, p_.I, w_, p_.dx}.run(block_ + thread * InputGradient<Real>::block_numbers(),
+                                                              thread, threads);
+    if (!weights()) return;
+    const WeightGradient<Real> gradient{d, p_.B, p_.storage};
+    Real* packed = packed_ + thread * WeightGradient<Real>::packed_numbers();
+    gradient.run(row_source(p_.storage, p_.I, InputRows{p_.storage, p_.x, p_.x_stride_t, p_.x_stride_b}, p_.dw_ih),
+                 panels_, packed, sums_, thread, threads, barrier_);
+    gradient.run(row_source(p_.storage, p_.P,
+                            PreviousHidden<kFlags>{p_.storage, clock_, p_.B, p_.P, p_.flags, p_.y, p_.h0}, p_.dw_hh),
+                 panels_, packed, sums_, thread, threads, barrier_);
+    if (p_.w_hr) {
+      constexpr Storage kPlain = sizeof(Real) == 8 ? Storage::kFloat64 : Storage::kFloat32;
+      const WeightGradient<Real> projection{
+          {dh_, dh_stride_, 1, p_.P, tape_width(p_.P), p_.T * p_.B}, p_.B, p_.storage};
+      projection.run(row_source(kPlain, p_.H, InputRows{kPlain, unprojected_, p_.B * width_, width_}, p_.dw_hr),
+                     panels_, packed, sums_, thread, threads, barrier_);
+    }
+  }
+
+  void finish() const {
+    if (Cell::kHasC && p_.dc0) store_rows<Real>(p_.storage, dc_, width_, p_.dc0, p_.H, p_.B, p_.H);
+    if (db_) store_bias_gradient<Real>(p_.storage, db_, batch_.count(), Cell::kGates, p_.H, width_, p_.db);
+  }
+
+ private:
+  bool weights() const { return p_.dw_hh != nullptr; }
+
+  void through_time(const Team& team) const {
+    const Range outs = team.slice(out_vectors_), units = team.slice(vectors_);
+    int64_t phase = 0;
+    for (int64_t step = p_.T - 1; step >= 0; --step) {
+      if (p_.w_hr)
+        team.sweep(phase++, {outs.begin, outs.end},
+                   [&](const Panel& panel, int64_t tile) { hidden(step, panel, tile); });
+      team.sweep(phase++, {units.begin, units.end}, [&](const Panel& panel, int64_t tile) { cell(step, panel, tile); });
+    }
+    if (p_.dh0)
+      team.sweep(phase++, {outs.begin, outs.end}, [&](const Panel& panel, int64_t tile) { initial(panel, tile); });
+  }
+
+  // dgates_{t+1} R for the rows of a tile: no product at the last step.
+  Product<Real> recurrent(int64_t step, const Panel& panel, int64_t row) const {
+    if (step == p_.T - 1) return {nullptr, 0, nullptr, 0};
+    const int64_t K = Cell::kGates * width_;
+    return {r_ + panel.first * kLanes<Real> * K, K, dgates_at(step + 1) + row * gates_stride_, gates_stride_};
+  }
+  Real* dgates_at(int64_t step) const {
+    return static_cast<Real*>(p_.dgates) + clock_.time(step) * p_.B * gates_stride_;
+  }
+  const Real* c_at(int64_t step) const {
+    return step < 0 ? c0_ : static_cast<const Real*>(p_.c) + clock_.time(step) * p_.B * width_;
+  }
+
+  void hidden(int64_t step, const Panel& panel, int64_t tile) const {
+    const int64_t row = batch_.first(tile), column = panel.first * kLanes<Real>;
+    const HiddenGradOp<Real, kFlags> op{hidden_.source(step, row, column),
+                                        dh_ + (clock_.time(step) * p_.B + row) * dh_stride_ + column, dh_stride_};
+    run_tile<Chains::kSide, ALayout::kRows, Real>(batch_.height(tile), panel.vectors, op, recurrent(step, panel, row));
+  }
+  void cell(int64_t step, const Panel& panel, int64_t tile) const {
+    const int64_t t = clock_.time(step), row = batch_.first(tile), column = panel.first * kLanes<Real>;
+    const int64_t cell = row * width_ + column, gate = row * gates_stride_ + column;
+    Real* db = db_ ? db_ + tile * Cell::kGates * width_ + column : nullptr;
+    const uint8_t* flags = kFlags ? p_.flags + t * p_.B + row : nullptr;
+    if constexpr (Cell::kHasC) {
+      const bool projected = p_.w_hr != nullptr;
+      const LstmCellGradOp<Real, kFlags> op{projected,
+                                            projected ? Source{} : hidden_.source(step, row, column),
+                                            static_cast<const Real*>(p_.gates) + t * p_.B * gates_stride_ + gate,
+                                            dgates_at(step) + gate,
+                                            gates_stride_,
+                                            width_,
+                                            c_at(step) + cell,
+                                            c_at(step - 1) + cell,
+                                            dc_ + cell,
+                                            width_,
+                                            db,
+                                            projected ? unprojected_ + t * p_.B * width_ + cell : nullptr,
+                                            flags};
+      run_tile<Chains::kSide, ALayout::kRows, Real>(
+          batch_.height(tile), panel.vectors, op,
+          projected ? Product<Real>{w_hr_ + column * p_.P, p_.P, dh_ + (t * p_.B + row) * dh_stride_, dh_stride_}
+                    : recurrent(step, panel, row));
+    } else {
+      const ElmanGradOp<Real, kFlags> op{p_.activation,
+                                         p_.storage,
+                                         hidden_.source(step, row, column),
+                                         at(p_.y, p_.storage, (t * p_.B + row) * p_.H + column),
+                                         p_.H,
+                                         p_.H - column,
+                                         dgates_at(step) + gate,
+                                         gates_stride_,
+                                         db};
+      run_tile<Chains::kSide, ALayout::kRows, Real>(batch_.height(tile), panel.vectors, op,
+                                                    recurrent(step, panel, row));
+    }
+  }
+  void initial(const Panel& panel, int64_t tile) const {
+    const int64_t row = batch_.first(tile), column = panel.first * kLanes<Real>;
+    const InitialHiddenGradOp<Real, kFlags> op{hidden_.source(-1, row, column), p_.storage,
+                                               at(p_.dh0, p_.storage, row * p_.P + column), p_.P};
+    run_tile<Chains::kSide, ALayout::kRows, Real>(batch_.height(tile), panel.vectors, op, recurrent(-1, panel, row));
+  }
+
+  using Source = typename HiddenGradient<Real, kFlags>::Source;
+  const BackwardParams& p_;
+  Clock clock_;
+  RowTiles batch_;
+  int64_t width_, gates_stride_, dh_stride_, vectors_, out_vectors_;
+  int threads_;
+  Real *r_ = nullptr, *w_ = nullptr, *w_hr_ = nullptr, *dc_ = nullptr, *c0_ = nullptr, *dh_ = nullptr;
+  Real *unprojected_ = nullptr, *block_ = nullptr, *panels_ = nullptr, *packed_ = nullptr, *sums_ = nullptr;
+  Real* db_ = nullptr;
+  int64_t progress_stride_ = 0;
+  int64_t* progress_ = nullptr;
+  HiddenGradient<Real, kFlags> hidden_{};
+  Barrier barrier_;
+};
+
+}  // namespace
+}  // namespace fastseq

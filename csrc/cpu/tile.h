@@ -1,0 +1,202 @@
+// The register tile that every matrix product here is made of.
+//
+//   acc[rows][vectors] += A[rows, K] * panel[K, vectors * lanes]
+//
+// A is read one number at a time and broadcast; the panel is packed so that its rows lie one behind the other. An Op
+// says what the accumulators hold at the beginning and what becomes of them at the end, so that the cell's arithmetic
+// runs on the registers that the product was summed in.
+#pragma once
+
+#include "simd.h"
+
+namespace fastseq {
+namespace {
+
+// One chain of this many fused multiply-adds, then a new one, and the sums are added: a single chain over a long K has
+// a multiple of the rounding error of a blocked sum.
+constexpr int64_t kChain = 256;
+
+enum class ALayout { kRows, kColumns };  // A(r, k) at a[r * lda + k], or at a[k * lda + r]
+
+// Chains that run side by side, since with few rows there are too few accumulators to hide the latency of an FMA. It
+// depends on the rows alone: the order of every sum must not change with the number of threads.
+template <int kRows>
+constexpr int kSideChains = kTileRows == 6 ? (kRows == 1   ? 4
+                                              : kRows == 2 ? 2
+                                                           : 1)
+                                           : (kRows == 1 ? 2 : 1);
+
+template <typename Real, int kRows, int kVectors>
+FASTSEQ_INLINE void set_zero(Vec<Real> (&acc)[kRows][kVectors]) {
+  FASTSEQ_UNROLL
+  for (int r = 0; r < kRows; ++r) FASTSEQ_UNROLL
+  for (int v = 0; v < kVectors; ++v) acc[r][v] = zero<Real>();
+}
+
+template <int kRows, int kVectors, int kChains, ALayout kLayout, typename Real>
+FASTSEQ_INLINE void multiply_chain(Vec<Real> (&acc)[kRows][kVectors], const Real* panel, int64_t K, const Real* a,
+                                   int64_t lda) {
+  constexpr int kWidth = kVectors * kLanes<Real>;
+  Vec<Real> side[kChains][kRows][kVectors];
+  FASTSEQ_UNROLL
+  for (int s = 0; s < kChains; ++s) FASTSEQ_UNROLL
+  for (int r = 0; r < kRows; ++r) FASTSEQ_UNROLL
+  for (int v = 0; v < kVectors; ++v) side[s][r][v] = s == 0 ? acc[r][v] : zero<Real>();
+
+  const int64_t whole = K / kChains * kChains;
+  int64_t k = 0;
+#pragma GCC unroll 2
+  for (; k < whole; k += kChains) {
+    FASTSEQ_UNROLL
+    for (int s = 0; s < kChains; ++s) {
+      Vec<Real> w[kVectors];
+      FASTSEQ_UNROLL
+      for (int v = 0; v < kVectors; ++v) w[v] = load(panel + (k + s) * kWidth + v * kLanes<Real>);
+      FASTSEQ_UNROLL
+      for (int r = 0; r < kRows; ++r) {
+        const Real* element = kLayout == ALayout::kRows ? a + r * lda + k + s : a + (k + s) * lda + r;
+        const Vec<Real> b = broadcast(*element);
+        FASTSEQ_UNROLL
+        for (int v = 0; v < kVectors; ++v) side[s][r][v] = fma(b, w[v], side[s][r][v]);
+      }
+    }
+  }
+  for (; k < K; ++k) {
+    FASTSEQ_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      const Vec<Real> b = broadcast(kLayout == ALayout::kRows ? a[r * lda + k] : a[k * lda + r]);
+      FASTSEQ_UNROLL
+      for (int v = 0; v < kVectors; ++v)
+        side[0][r][v] = fma(b, load(panel + k * kWidth + v * kLanes<Real>), side[0][r][v]);
+    }
+  }
+  FASTSEQ_UNROLL
+  for (int r = 0; r < kRows; ++r) FASTSEQ_UNROLL
+  for (int v = 0; v < kVectors; ++v) {
+    acc[r][v] = side[0][r][v];
+    FASTSEQ_UNROLL
+    for (int s = 1; s < kChains; ++s) acc[r][v] = acc[r][v] + side[s][r][v];
+  }
+}
+
+template <int kRows, int kVectors, int kChains, ALayout kLayout, typename Real>
+FASTSEQ_INLINE void multiply(Vec<Real> (&acc)[kRows][kVectors], const Real* panel, int64_t K, const Real* a,
+                             int64_t lda) {
+  Vec<Real> total[kRows][kVectors];
+  set_zero<Real>(total);
+  for (int64_t k = 0;;) {
+    const int64_t length = K - k < kChain ? K - k : kChain;
+    multiply_chain<kRows, kVectors, kChains, kLayout, Real>(acc, panel + k * kVectors * kLanes<Real>, length,
+                                                            kLayout == ALayout::kRows ? a + k : a + k * lda, lda);
+    k += length;
+    if (k >= K) break;
+    FASTSEQ_UNROLL
+    for (int r = 0; r < kRows; ++r) FASTSEQ_UNROLL
+    for (int v = 0; v < kVectors; ++v) {
+      total[r][v] = total[r][v] + acc[r][v];
+      acc[r][v] = zero<Real>();
+    }
+  }
+  if (K > kChain) {
+    FASTSEQ_UNROLL
+    for (int r = 0; r < kRows; ++r) FASTSEQ_UNROLL
+    for (int v = 0; v < kVectors; ++v) acc[r][v] = acc[r][v] + total[r][v];
+  }
+}
+
+template <typename Real>
+struct Product {  // K == 0: no product, the Op alone
+  const Real* panel;
+  int64_t K;
+  const Real* a;
+  int64_t lda;
+};
+
+template <int kRows, int kVectors, int kChains, ALayout kLayout, typename Real, typename Op>
+__attribute__((noinline)) void tile(const Op& op, const Product<Real>& product) {
+  Vec<Real> acc[kRows][kVectors];
+  op.begin(acc);
+  if (product.K > 0)
+    multiply<kRows, kVectors, kChains, kLayout, Real>(acc, product.panel, product.K, product.a, product.lda);
+  op.finish(acc);
+}
+
+enum class Chains { kOne, kSide };
+
+template <int kVectors, Chains kChains, ALayout kLayout, typename Real, typename Op>
+FASTSEQ_INLINE void run_tile_rows(int rows, const Op& op, const Product<Real>& product) {
+#define FASTSEQ_TILE(R) \
+  case R:               \
+    return tile < R, kVectors, kChains == Chains::kSide ? kSideChains<R> : 1, kLayout, Real, Op > (op, product)
+  switch (rows) {
+    FASTSEQ_TILE(1);
+    FASTSEQ_TILE(2);
+    FASTSEQ_TILE(3);
+#if defined(__AVX512F__) || defined(__aarch64__)
+    FASTSEQ_TILE(4);
+    FASTSEQ_TILE(5);
+    FASTSEQ_TILE(6);
+#endif
+    default:
+      __builtin_unreachable();
+  }
+#undef FASTSEQ_TILE
+}
+
+// A tile of `rows` (1 to kTileRows) by `vectors` (1, 2 or 4).
+template <Chains kChains, ALayout kLayout, typename Real, typename Op>
+FASTSEQ_INLINE void run_tile(int rows, int vectors, const Op& op, const Product<Real>& product) {
+  switch (vectors) {
+    case 1:
+      return run_tile_rows<1, kChains, kLayout, Real, Op>(rows, op, product);
+    case 2:
+      return run_tile_rows<2, kChains, kLayout, Real, Op>(rows, op, product);
+    case 4:
+      return run_tile_rows<4, kChains, kLayout, Real, Op>(rows, op, product);
+    default:
+      __builtin_unreachable();
+  }
+}
+
+FASTSEQ_INLINE int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+FASTSEQ_INLINE int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
+
+// A range of rows cut into the fewest tiles of nearly equal height.
+struct RowTiles {
+  int64_t rows;
+  explicit RowTiles(int64_t n) : rows(n) {}
+  int64_t count() const { return divide_up(rows, kTileRows); }
+  int64_t first(int64_t tile) const { return rows * tile / count(); }
+  int height(int64_t tile) const { return static_cast<int>(first(tile + 1) - first(tile)); }
+};
+
+// A range of column vectors cut into panels of 4, then 2, then 1, or into single vectors (LSTM forward, where the four
+// gates of one vector of units make a panel). Where a panel begins in packed memory follows from its first vector,
+// since every vector takes the same room.
+struct Panel {
+  int64_t first;
+  int vectors;
+};
+struct PanelRange {
+  int64_t begin, end;
+  bool single = false;
+  int64_t vectors() const { return end - begin; }
+  int64_t count() const { return single ? vectors() : vectors() / 4 + (vectors() % 4 + 1) / 2; }
+  Panel at(int64_t i) const {
+    if (single) return {begin + i, 1};
+    const int64_t whole = vectors() / 4;
+    if (i < whole) return {begin + 4 * i, 4};
+    if (i == whole && vectors() % 4 >= 2) return {begin + 4 * whole, 2};
+    return {end - 1, 1};
+  }
+};
+
+struct Range {
+  int64_t begin, end;
+};
+FASTSEQ_INLINE Range split(int64_t n, int64_t parts, int64_t part) {
+  return {n * part / parts, n * (part + 1) / parts};
+}
+
+}  // namespace
+}  // namespace fastseq

@@ -1,0 +1,69 @@
+"""Tensors as the C++ kernels take them: checked sizes, addresses, strides.
+
+``torch.ops.fastseq.*`` can be called past the public functions' checks, so a launcher checks again what memory safety needs: every
+tensor is on the CPU and has the size and dtype that the kernel will assume.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+STORAGE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+
+
+def expect(tensors: Iterable[tuple[str, Tensor | None, tuple[int, ...], torch.dtype]]) -> None:
+    """Checks ``(name, tensor or None, shape, dtype)`` rows.
+
+    Raises:
+        ValueError: a tensor has another shape, dtype or device than the kernel assumes.
+    """
+    for name, tensor, shape, dtype in tensors:
+        if tensor is not None and (tensor.shape != shape or tensor.dtype != dtype or tensor.device.type != "cpu"):
+            got = f"{list(tensor.shape)} {tensor.dtype} on {tensor.device}"
+            raise ValueError(f"{name}: the kernel expects {list(shape)} {dtype} on cpu, got {got}")
+
+
+def storage_of(x: Tensor) -> int:
+    """The kernel's code of a tensor's dtype.
+
+    Raises:
+        TypeError: there are no kernels for that dtype.
+    """
+    code = STORAGE.get(x.dtype)
+    if code is None:
+        raise TypeError(f"x: expected float32, float64, bfloat16 or float16, got {x.dtype}")
+    return code
+
+
+_Dense = TypeVar("_Dense", Tensor, Tensor | None)
+
+
+def dense(tensor: _Dense) -> _Dense:
+    """The tensor with its numbers side by side in row-major order; None stays None."""
+    return None if tensor is None else tensor.contiguous()
+
+
+def dense_rows(tensor: Tensor) -> Tensor:
+    """A ``[T, B, ·]`` tensor whose last dimension is dense; its strides over time and batch may be anything."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 else tensor.contiguous()
+
+
+def address(tensor: Tensor | None) -> int:
+    """Where the numbers begin; 0 for None and for a tensor without elements, which stands for one that is not wanted."""
+    return 0 if tensor is None or tensor.numel() == 0 else tensor.data_ptr()
+
+
+def time_strides(tensor: Tensor | None) -> tuple[int, int]:
+    """The strides of a ``[T, B, ·]`` tensor over time and batch, in numbers; zeros for None."""
+    return (0, 0) if tensor is None else (tensor.stride(0), tensor.stride(1))
+
+
+def new_gradients(wanted: Iterable[tuple[object, Tensor | None]]) -> tuple[Tensor, ...]:
+    """Memory for the gradients of ``(wanted or not, tensor)`` rows; shape ``[0]`` for what is not wanted or not there."""
+    rows = tuple(wanted)
+    example = next(tensor for _, tensor in rows if tensor is not None)
+    return tuple(example.new_empty(t.shape if want and t is not None else 0) for want, t in rows)

@@ -1,0 +1,5 @@
+"""The bits of ``needs``, by which a backward is told what it need not compute."""
+
+NEEDS_X = 1  # dx
+NEEDS_STATE = 2  # dh0 and dc0
+NEEDS_WEIGHTS = 4  # dw_ih, dw_hh, db, dw_hr
