@@ -1,10 +1,12 @@
 """Comparing an implementation with the float64 reference, by one rule.
 
-For every tensor, output or gradient, with ``truth`` the reference in float64 and ``ref`` the reference in the dtype at hand:
+For every tensor, output or gradient, with ``truth`` the reference in float64 and ``ref`` the reference in the dtype at
+hand:
 
     max|got - truth|  <=  2 (max|ref - truth| + eps max|truth|) + the smallest normal number
 
-and in float64 itself ``64 eps max|truth|`` plus that. A kernel may so be twice as wrong as plain PyTorch in the same dtype, and no more.
+and in float64 itself ``64 eps max|truth|`` plus that. A kernel may so be twice as wrong as plain PyTorch in the same
+dtype, and no more.
 """
 
 from __future__ import annotations
@@ -51,7 +53,7 @@ _OPS = {
 
 
 def implementations(op: str, device: str = "cpu") -> list[str]:
-    """The implementations of ``op`` ("lstm" or "rnn") that can run on ``device`` here, such as ``["reference", "cpp"]``."""
+    """The implementations of ``op`` ("lstm", "rnn") that can run on ``device`` here, as ``["reference", "cpp"]``."""
     if op not in _OPS:
         raise ValueError(f"op: expected one of {', '.join(_OPS)}, got {op!r}")
     kind = torch.device(device).type
@@ -82,10 +84,11 @@ def compare(
 
     Args:
         op: "lstm" or "rnn".
-        inputs: the arguments of the function in :mod:`fastseq.functional`, by name. An input that requires no gradient gets one
-            all the same when ``grads`` is true.
+        inputs: the arguments of the function in :mod:`fastseq.functional`, by name. An input that requires no gradient
+            gets one all the same when ``grads`` is true.
         implementation: one of :func:`implementations`.
-        dtype: floating inputs are rounded to it first (default: left as they are). The truth starts from the rounded values.
+        dtype: floating inputs are rounded to it first (default: left as they are). The truth starts from the rounded
+            values.
         grads: whether to compare gradients too. The gradients that arrive at the outputs are drawn at random.
         seed: of those random gradients.
 
@@ -138,7 +141,7 @@ def _results(
     seed: int,
     dtype: torch.dtype,
 ) -> dict[str, Tensor]:
-    """Outputs and gradients by name. The gradients that arrive are the same numbers for every dtype: those of ``dtype``."""
+    """Outputs and gradients by name. The gradients that arrive are the same numbers each time: those of ``dtype``."""
     leaves = {n: v.detach().requires_grad_(grads) if _differentiable(v) else v for n, v in inputs.items()}
     values = function(**leaves)
     results = {name: value.detach() for name, value in zip(outputs, values, strict=True)}

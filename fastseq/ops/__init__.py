@@ -1,1 +1,1 @@
-"""The operations: one file each, with the checks, schema, fake, autograd and vmap of that operation, and no arithmetic."""
+"""The operations, one file each: the checks, schema, fake, autograd and vmap of that operation, and no arithmetic."""

@@ -1,5 +1,5 @@
-"""The words of a refusal: which argument, what was expected, what came. Each public function checks once, in one expression;
-only when that fails is it worth the time to find the culprit.
+"""The words of a refusal: which argument, what was expected, what came. Each public function checks once, in one
+expression; only when that fails is it worth the time to find the culprit.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ def check_shapes(named: Iterable[tuple[str, Tensor | None, Size, str]]) -> None:
 def check_time(lengths: Any, reset: Any, steps: int, batch: int) -> None:
     """``lengths`` are integers ``[B]`` within 0 … T, and ``reset`` is bool ``[T, B]``; either may be None.
 
-    The values of ``lengths`` are read where they can be: not under ``torch.compile``, ``torch.export``, a functorch transform
-    or a CUDA graph capture. There a length beyond T means T and a negative one means 0.
+    The values of ``lengths`` are read where they can be: not under ``torch.compile``, ``torch.export``, a functorch
+    transform or a CUDA graph capture. There a length beyond T means T and a negative one means 0.
 
     Raises:
         TypeError: not a tensor, or of the wrong dtype.
@@ -99,13 +99,17 @@ def _readable(value: Tensor) -> bool:
     return not (value.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
-def autocast_dtype(device: str) -> torch.dtype | None:
-    """The dtype that autocast wants on ``device`` (a device type), or None where it is off."""
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+def autocast_dtype(x: Any) -> torch.dtype | None:
+    """The dtype that autocast wants where ``x`` is, or None where it is off."""
+    # The first question is cheap and spares the second, which raises for devices that autocast does not know (meta).
+    if not torch._C._is_any_autocast_enabled() or not isinstance(x, Tensor):
+        return None
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 
 def under_autocast(value: Any, dtype: torch.dtype) -> Any:
-    """``value`` as autocast hands it on: floating tensors but float64 in ``dtype``, as it does for ``torch.nn.LSTM``."""
+    """``value`` as autocast hands it to ``torch.nn.LSTM``: floating tensors, but for float64, in ``dtype``."""
     if isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64:
         return value.to(dtype)
     return value

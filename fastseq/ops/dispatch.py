@@ -1,16 +1,14 @@
-"""Which kernel serves an operation: PyTorch's dispatcher chooses by device, and this file between the kernels of one device.
+"""Which kernel serves an operation: PyTorch's dispatcher chooses by device, and this file among those of one device.
 
 The reference is registered for every device and the C++ kernels for CPU tensors. ``FASTSEQ_IMPL`` (one of
-:data:`IMPLEMENTATIONS`, read once per process) or :func:`use` forces one implementation for everything that follows; one that
-cannot serve raises. Nothing falls back silently: without the extension the reference serves CPU tensors and
+:data:`IMPLEMENTATIONS`, read once per process) or :func:`use` forces one implementation for everything that follows;
+one that cannot serve raises. Nothing falls back silently: without the extension the reference serves CPU tensors and
 ``python -m fastseq info`` says so; a CUDA tensor is served by the reference with one warning.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib
-import importlib.util
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -21,7 +19,6 @@ from torch import Tensor
 
 from fastseq import cpu
 
-_LAUNCHERS_MISSING = any(importlib.util.find_spec(f"fastseq.cpu.{op}") is None for op in ("lstm", "rnn"))  # TEMPORARY
 IMPLEMENTATIONS = ("reference", "cpp", "triton", "cuda")
 OPS = ("lstm", "rnn")
 
@@ -39,12 +36,10 @@ def forced() -> str | None:
 
 
 def why_not(implementation: str, device: str) -> str | None:
-    """The reason why ``implementation`` cannot serve tensors on ``device`` (a device type, as ``"cpu"``), or None if it can."""
+    """The reason why ``implementation`` cannot serve tensors on ``device`` (as ``"cpu"``), or None if it can."""
     if implementation == "reference":
         return None
     if implementation == "cpp":
-        if _LAUNCHERS_MISSING:  # TEMPORARY
-            return "the launchers are missing"
         return f"the C++ kernels serve CPU tensors only, not {device}" if device != "cpu" else cpu.why_unavailable()
     if implementation in IMPLEMENTATIONS:
         return f"this version of fastseq has no {implementation} kernels"
@@ -72,10 +67,6 @@ def _choose(device: str) -> str:
     if reason is not None:
         raise RuntimeError(f"implementation {_forced!r} was asked for, but cannot serve: {reason}")
     return _forced
-
-
-def launchers(op: str) -> Any:  # TEMPORARY
-    return None if _LAUNCHERS_MISSING else importlib.import_module(f"fastseq.cpu.{op}")
 
 
 @contextlib.contextmanager
@@ -106,7 +97,7 @@ def _warn_once(device: str, warned: set[str] = set()) -> None:  # noqa: B006 (th
 
 
 def register_kernels(name: str, reference: Callable[..., Any], cpp: Callable[..., Any]) -> None:
-    """Registers the kernels of ``fastseq::name``: ``reference`` for every device, and ``cpp`` beside it for CPU tensors."""
+    """Registers the kernels of ``fastseq::name``: ``reference`` for every device, ``cpp`` beside it for the CPU."""
 
     def for_cpu(*args: Any) -> Any:
         return cpp(*args) if _choose("cpu") == "cpp" else reference(*args)

@@ -1,8 +1,8 @@
 """Step flags: the one form in which time structure (``lengths`` and ``reset``) reaches a kernel.
 
 A ``uint8 [T, B]`` array, made for the direction of the op: bit 0 (:data:`CUT`) says that this step starts from the zero
-state instead of the carried one, so that no gradient crosses; bit 1 (:data:`PADDING`) says that the step lies past the end of
-its sequence, so that the state is carried through it and the output is zero. Padding is always a suffix in time.
+state instead of the carried one, so that no gradient crosses; bit 1 (:data:`PADDING`) says that the step lies past the
+end of its sequence, so that the state is carried through it and the output is zero. Padding is always a suffix in time.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ def step_flags(
 
     Args:
         lengths: integers ``[B]``, the number of valid steps of each sequence.
-        reset: bool ``[T, B]``, true where a new episode starts. The cut lies between ``t`` and ``t - 1`` in either direction, so
-            that in reverse it is step ``t - 1`` that starts from the zero state. A start in the padding cuts nothing.
+        reset: bool ``[T, B]``, true where a new episode starts. The cut lies between ``t`` and ``t - 1`` in either
+            direction, so that in reverse it is step ``t - 1`` that starts from the zero state. A start in the padding
+            cuts nothing.
         steps: T.
         batch: B.
         reverse: whether the op runs from the last step to the first.

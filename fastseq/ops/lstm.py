@@ -1,8 +1,8 @@
-"""The operation lstm: one layer in one direction over the whole sequence. Checks, schema, fake, autograd, vmap; no arithmetic.
+"""The operation lstm, one layer in one direction over the whole sequence: checks, schema, fake, autograd, vmap.
 
-The kernels are :mod:`fastseq.reference.lstm` (every device) and :mod:`fastseq.cpu.lstm` (C++); ``torch.ops.fastseq.lstm_fwd`` and
-``lstm_bwd`` are the ops beneath. The caller of ``lstm_fwd`` need not know whether a gradient will be wanted: the kernel at the
-``Autograd`` key does, and keeps a tape of its own then.
+The kernels are :mod:`fastseq.reference.lstm` (every device) and :mod:`fastseq.cpu.lstm` (C++);
+``torch.ops.fastseq.lstm_fwd`` and ``lstm_bwd`` are the ops beneath. The caller of ``lstm_fwd`` need not know whether a
+gradient will be wanted: the kernel at the ``Autograd`` key does, and keeps a tape of its own then.
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastseq.cpu import lstm as kernels
 from fastseq.ops import transforms
-from fastseq.ops.checks import check_kinds, check_shapes, check_time, refuse_shape, under_autocast
-from fastseq.ops.dispatch import launchers, library, register_kernels
+from fastseq.ops.checks import autocast_dtype, check_kinds, check_shapes, check_time, refuse_shape, under_autocast
+from fastseq.ops.dispatch import library, register_kernels
 from fastseq.ops.flags import step_flags
+from fastseq.ops.needs import NEEDS_STATE, NEEDS_WEIGHTS, NEEDS_X
 from fastseq.ops.tape import accumulate_dtype, tape_shapes
 from fastseq.reference.common import gradients
 from fastseq.reference.lstm import lstm_bwd as reference_bwd
@@ -46,8 +48,6 @@ _fwd = torch.ops.fastseq.lstm_fwd.default
 _bwd = torch.ops.fastseq.lstm_bwd.default
 _bwd_ = torch.ops.fastseq.lstm_bwd_.default
 
-NEEDS_X, NEEDS_STATE, NEEDS_WEIGHTS = 1, 2, 4
-
 
 def lstm(
     x: Tensor,
@@ -63,12 +63,12 @@ def lstm(
     lengths: Tensor | None = None,
     reset: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One LSTM layer in one direction over a whole sequence (Hochreiter & Schmidhuber 1997; forget gate of Gers et al. 2000).
+    """One LSTM layer in one direction over a whole sequence (Hochreiter & Schmidhuber 1997; Gers et al. 2000).
 
     With ``z = w_ih x_t + b_ih + w_hh h_{t-1} + b_hh`` split into four in PyTorch's gate order i, f, g, o:
-    ``c_t = sigmoid(f) c_{t-1} + sigmoid(i) tanh(g)`` and ``h_t = sigmoid(o) tanh(c_t)``, or ``w_hr`` times that with a projection
-    (Sak et al. 2014). T steps, B sequences, I inputs, H hidden units, P outputs (P = H without ``w_hr``). All floating tensors
-    share one dtype (float32, float64, bfloat16, float16) and one device, and may have any strides.
+    ``c_t = sigmoid(f) c_{t-1} + sigmoid(i) tanh(g)`` and ``h_t = sigmoid(o) tanh(c_t)``, or ``w_hr`` times that with a
+    projection (Sak et al. 2014). T steps, B sequences, I inputs, H hidden units, P outputs (P = H without ``w_hr``).
+    All floating tensors share one dtype (float32, float64, bfloat16, float16) and one device, and may have any strides.
 
     Args:
         x: input, ``[T, B, I]``, T at least 1.
@@ -80,22 +80,21 @@ def lstm(
         b_hh: recurrent bias, ``[4H]``, or None.
         w_hr: projection, ``[P, H]``, or None.
         reverse: process the steps from the last to the first. Results keep the order of the input.
-        lengths: integers ``[B]`` on any device, from 0 to T, in any order: sequence b ends after ``lengths[b]`` steps. Its output is zero
-            from there on, and its final state is that of its last valid step.
-        reset: bool ``[T, B]``: where true, a new episode starts at step t. No state and no gradient crosses between t and t - 1,
-            in either direction; the episode starts from the zero state.
+        lengths: integers ``[B]`` on any device, from 0 to T, in any order: sequence b ends after ``lengths[b]`` steps.
+            Its output is zero from there on, and its final state is that of its last valid step.
+        reset: bool ``[T, B]``: where true, a new episode starts at step t. No state and no gradient crosses between t
+            and t - 1, in either direction; the episode starts from the zero state.
 
     Returns:
-        ``y [T, B, P]``, ``h_n [B, P]``, ``c_n [B, H]`` in the dtype of ``x``; the states are those after the last step processed. Under
-        autocast the dtype is autocast's, as for ``torch.nn.LSTM``.
+        ``y [T, B, P]``, ``h_n [B, P]``, ``c_n [B, H]`` in the dtype of ``x``; the states are those after the last step
+        processed. Under autocast the dtype is autocast's, as for ``torch.nn.LSTM``.
 
     Raises:
         TypeError: an argument is no tensor, or has the wrong dtype or device.
         fastseq.ShapeError: an argument has the wrong rank or size, T or H is 0, or a length is out of range.
     """
-    kind = x.device.type if isinstance(x, Tensor) else "cpu"
-    if torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
+    dtype = autocast_dtype(x)
+    if dtype is not None:
         x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr = (
             under_autocast(value, dtype) for value in (x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr)
         )
@@ -158,25 +157,15 @@ def _check(
 
 # The kernels.
 
-kernels = launchers("lstm")
 
-
-def _cpp_fwd(*args: Any) -> tuple[Tensor, ...]:
-    return kernels.lstm_fwd(*args)  # type: ignore[no-any-return]
-
-
-def _cpp_bwd(*args: Any) -> tuple[Tensor, ...]:
-    return kernels.lstm_bwd(*args)  # type: ignore[no-any-return]
-
-
-def _cpp_bwd_(*args: Any) -> tuple[Tensor, ...]:
+def _overwriting_bwd(*args: Any) -> tuple[Tensor, ...]:
     torch.autograd.graph.increment_version(args[14])
-    return kernels.lstm_bwd(*args, overwrite=True)  # type: ignore[no-any-return]
+    return kernels.lstm_bwd(*args, overwrite=True)
 
 
-register_kernels("lstm_fwd", reference_fwd, _cpp_fwd)
-register_kernels("lstm_bwd", reference_bwd, _cpp_bwd)
-register_kernels("lstm_bwd_", reference_bwd, _cpp_bwd_)
+register_kernels("lstm_fwd", reference_fwd, kernels.lstm_fwd)
+register_kernels("lstm_bwd", reference_bwd, kernels.lstm_bwd)
+register_kernels("lstm_bwd_", reference_bwd, _overwriting_bwd)
 
 
 # Shapes without data, for torch.compile and torch.export.
@@ -291,7 +280,7 @@ class LSTM(transforms.Function):
 
 
 class LSTMBackward(transforms.Function):
-    """``lstm_bwd`` with its own backward, for second derivatives: those go through the reference, whatever kernel served."""
+    """``lstm_bwd`` with its own backward: second derivatives go through the reference, whatever kernel served."""
 
     @staticmethod
     def forward(ctx: Any, keyset: torch._C.DispatchKeySet, *args: Any) -> tuple[Tensor, ...]:
@@ -306,9 +295,10 @@ class LSTMBackward(transforms.Function):
         *inputs, flags = ctx.saved_tensors
         asked = ctx.needs_input_grad[1:12]
 
-        def bwd(*inputs: Tensor) -> tuple[Tensor, ...]:
+        def bwd(*inputs: Any) -> tuple[Tensor, ...]:
             unused = inputs[3]  # for y, c and gates
-            return reference_bwd(*inputs, flags, unused, unused, unused, ctx.reverse, ctx.needs, differentiable=True)
+            args = [*inputs, flags, unused, unused, unused, ctx.reverse, ctx.needs]
+            return reference_bwd(*args, differentiable=True)
 
         results = gradients(bwd, inputs, asked, grads, differentiable=True)
         return (None, *(grad if need else None for grad, need in zip(results, asked, strict=True)), *(None,) * 6)

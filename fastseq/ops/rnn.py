@@ -1,7 +1,8 @@
-"""The operation rnn: one Elman layer in one direction over the whole sequence. Checks, schema, fake, autograd, vmap; no arithmetic.
+"""The operation rnn, one Elman layer in one direction over the whole sequence: checks, schema, fake, autograd, vmap.
 
-The kernels are :mod:`fastseq.reference.rnn` (every device) and :mod:`fastseq.cpu.rnn` (C++); ``torch.ops.fastseq.rnn_fwd`` and
-``rnn_bwd`` are the ops beneath. The tape is ``y``: the derivative of each nonlinearity is a function of its value.
+The kernels are :mod:`fastseq.reference.rnn` (every device) and :mod:`fastseq.cpu.rnn` (C++);
+``torch.ops.fastseq.rnn_fwd`` and ``rnn_bwd`` are the ops beneath. The tape is ``y``: the derivative of each
+nonlinearity is a function of its value.
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastseq.cpu import rnn as kernels
 from fastseq.ops import transforms
-from fastseq.ops.checks import check_kinds, check_shapes, check_time, refuse_shape, under_autocast
-from fastseq.ops.dispatch import launchers, library, register_kernels
+from fastseq.ops.checks import autocast_dtype, check_kinds, check_shapes, check_time, refuse_shape, under_autocast
+from fastseq.ops.dispatch import library, register_kernels
 from fastseq.ops.flags import step_flags
+from fastseq.ops.needs import NEEDS_STATE, NEEDS_WEIGHTS, NEEDS_X
 from fastseq.reference.common import gradients
 from fastseq.reference.rnn import NONLINEARITIES
 from fastseq.reference.rnn import rnn_bwd as reference_bwd
@@ -33,8 +36,6 @@ library.define(
 _fwd = torch.ops.fastseq.rnn_fwd.default
 _bwd = torch.ops.fastseq.rnn_bwd.default
 
-NEEDS_X, NEEDS_STATE, NEEDS_WEIGHTS = 1, 2, 4
-
 
 def rnn(
     x: Tensor,
@@ -51,8 +52,8 @@ def rnn(
 ) -> tuple[Tensor, Tensor]:
     """One Elman layer in one direction over a whole sequence (Elman 1990).
 
-    ``h_t = f(w_ih x_t + b_ih + w_hh h_{t-1} + b_hh)``. T steps, B sequences, I inputs, H hidden units. All floating tensors share
-    one dtype (float32, float64, bfloat16, float16) and one device, and may have any strides.
+    ``h_t = f(w_ih x_t + b_ih + w_hh h_{t-1} + b_hh)``. T steps, B sequences, I inputs, H hidden units. All floating
+    tensors share one dtype (float32, float64, bfloat16, float16) and one device, and may have any strides.
 
     Args:
         x: input, ``[T, B, I]``, T at least 1.
@@ -63,23 +64,22 @@ def rnn(
         b_hh: recurrent bias, ``[H]``, or None.
         nonlinearity: f: ``"tanh"``, ``"relu"`` or ``"sigmoid"`` (the logistic function).
         reverse: process the steps from the last to the first. Results keep the order of the input.
-        lengths: integers ``[B]`` on any device, from 0 to T, in any order: sequence b ends after ``lengths[b]`` steps. Its output is zero
-            from there on, and its final state is that of its last valid step.
-        reset: bool ``[T, B]``: where true, a new episode starts at step t. No state and no gradient crosses between t and t - 1,
-            in either direction; the episode starts from the zero state.
+        lengths: integers ``[B]`` on any device, from 0 to T, in any order: sequence b ends after ``lengths[b]`` steps.
+            Its output is zero from there on, and its final state is that of its last valid step.
+        reset: bool ``[T, B]``: where true, a new episode starts at step t. No state and no gradient crosses between t
+            and t - 1, in either direction; the episode starts from the zero state.
 
     Returns:
-        ``y [T, B, H]`` and ``h_n [B, H]`` in the dtype of ``x``; the state is that after the last step processed. Under autocast the
-        dtype is autocast's, as for ``torch.nn.RNN``.
+        ``y [T, B, H]`` and ``h_n [B, H]`` in the dtype of ``x``; the state is that after the last step processed. Under
+        autocast the dtype is autocast's, as for ``torch.nn.RNN``.
 
     Raises:
         TypeError: an argument is no tensor, or has the wrong dtype or device.
         ValueError: there is no such nonlinearity.
         fastseq.ShapeError: an argument has the wrong rank or size, T or H is 0, or a length is out of range.
     """
-    kind = x.device.type if isinstance(x, Tensor) else "cpu"
-    if torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
+    dtype = autocast_dtype(x)
+    if dtype is not None:
         x, h0, w_ih, w_hh, b_ih, b_hh = (under_autocast(value, dtype) for value in (x, h0, w_ih, w_hh, b_ih, b_hh))
     if nonlinearity not in NONLINEARITIES:
         raise ValueError(f"nonlinearity: expected one of {', '.join(NONLINEARITIES)}, got {nonlinearity!r}")
@@ -117,19 +117,9 @@ def _check(x: Tensor, h0: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | Non
 
 # The kernels.
 
-kernels = launchers("rnn")
 
-
-def _cpp_fwd(*args: Any) -> tuple[Tensor, ...]:
-    return kernels.rnn_fwd(*args)  # type: ignore[no-any-return]
-
-
-def _cpp_bwd(*args: Any) -> tuple[Tensor, ...]:
-    return kernels.rnn_bwd(*args)  # type: ignore[no-any-return]
-
-
-register_kernels("rnn_fwd", reference_fwd, _cpp_fwd)
-register_kernels("rnn_bwd", reference_bwd, _cpp_bwd)
+register_kernels("rnn_fwd", reference_fwd, kernels.rnn_fwd)
+register_kernels("rnn_bwd", reference_bwd, kernels.rnn_bwd)
 
 
 # Shapes without data, for torch.compile and torch.export.
@@ -204,7 +194,7 @@ class RNN(transforms.Function):
 
 
 class RNNBackward(transforms.Function):
-    """``rnn_bwd`` with its own backward, for second derivatives: those go through the reference, whatever kernel served."""
+    """``rnn_bwd`` with its own backward: second derivatives go through the reference, whatever kernel served."""
 
     @staticmethod
     def forward(ctx: Any, keyset: torch._C.DispatchKeySet, *args: Any) -> tuple[Tensor, ...]:
@@ -219,9 +209,9 @@ class RNNBackward(transforms.Function):
         *inputs, flags = ctx.saved_tensors
         asked = ctx.needs_input_grad[1:9]
 
-        def bwd(*inputs: Tensor) -> tuple[Tensor, ...]:
-            unused = inputs[2]  # for y
-            return reference_bwd(*inputs, flags, unused, *ctx.options, differentiable=True)
+        def bwd(*inputs: Any) -> tuple[Tensor, ...]:
+            args = [*inputs, flags, inputs[2], *ctx.options]  # anything for y, which is not used
+            return reference_bwd(*args, differentiable=True)
 
         results = gradients(bwd, inputs, asked, grads, differentiable=True)
         return (None, *(grad if need else None for grad, need in zip(results, asked, strict=True)), *(None,) * 5)

@@ -1,4 +1,4 @@
-"""The specification: every operation in plain PyTorch, readable as its formula, differentiable, on every device and dtype."""
+"""The specification: every operation in plain PyTorch, differentiable, readable as its formula, on every device."""
 
 from __future__ import annotations
 

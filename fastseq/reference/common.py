@@ -29,8 +29,9 @@ def time_masks(
 ) -> tuple[Tensor | None, Tensor | None]:
     """``(cut, padding)``, each ``[T, B]`` bool or None, for the direction of the op.
 
-    Step ``t`` is padding when ``t >= lengths``: it carries the state and outputs zero. ``reset[t]`` cuts between ``t`` and ``t - 1``:
-    the step of the two that is processed later starts from the zero state. A reset in the padding cuts nothing.
+    Step ``t`` is padding when ``t >= lengths``: it carries the state and outputs zero. ``reset[t]`` cuts between ``t``
+    and ``t - 1``: the step of the two that is processed later starts from the zero state. A reset in the padding cuts
+    nothing.
     """
     padding = None
     if lengths is not None:
@@ -70,9 +71,9 @@ def gradients(
 ) -> tuple[Tensor, ...]:
     """Gradients of ``function`` with respect to those of its ``inputs`` that are ``asked`` for.
 
-    ``received`` are the gradients of its first results; None says that a result is not used. An input that is not asked for, or
-    is None, gets a tensor of shape ``[0]``. With ``differentiable``, autograd and every transform can pass through; without, it may
-    be called below the autograd dispatch key, as a kernel is.
+    ``received`` are the gradients of its first results; None says that a result is not used. An input that is not asked
+    for, or is None, gets a tensor of shape ``[0]``. With ``differentiable``, autograd and every transform can pass
+    through; without, it may be called below the autograd dispatch key, as a kernel is.
     """
     example = next(value for value in inputs if value is not None)
     results = [example.new_empty(0) for _ in inputs]
@@ -101,7 +102,7 @@ def gradients(
 def _pull_back_differentiably(
     function: Callable[..., tuple[Tensor, ...]], inputs: tuple[Tensor, ...], received: tuple[Tensor, ...]
 ) -> tuple[Tensor, ...]:
-    # Not torch.autograd.grad: inputs that depend on each other must stay apart, and it knows nothing of functorch's levels.
+    # Not torch.autograd.grad: inputs that depend on each other must stay apart, and it knows nothing of functorch.
     pullback = torch.func.vjp(function, *inputs)[1]
     return pullback(received)  # type: ignore[no-any-return]
 

@@ -5,8 +5,9 @@
     c_t     = f * c_{t-1} + i * g
     h_t     = o * tanh(c_t), or w_hr (o * tanh(c_t)) with a projection
 
-after Hochreiter & Schmidhuber 1997 with the forget gate of Gers, Schmidhuber & Cummins 2000, and the projection of Sak, Senior &
-Beaufays 2014. The backward is the derivative that autograd takes of this loop, so it can be differentiated again.
+after Hochreiter & Schmidhuber 1997 with the forget gate of Gers, Schmidhuber & Cummins 2000, and the projection of Sak,
+Senior & Beaufays 2014. The backward is the derivative that autograd takes of this loop, so it can be differentiated
+again.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ def lstm(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One LSTM layer in one direction over a whole sequence; arguments and results as :func:`fastseq.functional.lstm`.
 
-    Any device and floating dtype. Half types are computed in float32; only ``h`` is rounded, at every step before it is used
-    again, and with it ``y``. The cell state is carried in float32.
+    Any device and floating dtype. Half types are computed in float32; only ``h`` is rounded, at every step before it is
+    used again, and with it ``y``. The cell state is carried in float32.
     """
     cut, padding = time_masks(lengths, reset, x.shape[0], reverse, x.device)
     y, h_n, c_n, _, _ = _recurrence(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, reverse, cut, padding)
@@ -101,6 +102,7 @@ def lstm_fwd(
     """The kernel ``fastseq::lstm_fwd``: ``y, h_n, c_n``, and the tape ``c, gates`` (see :mod:`fastseq.ops.tape`)."""
     cut, padding = flag_masks(flags)
     y, h_n, c_n, c, gates = _recurrence(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, reverse, cut, padding)
+    h_n, c_n = h_n.contiguous(), c_n.contiguous()
     if not save:
         return y, h_n, c_n, c.new_empty(0), c.new_empty(0)
     spare = -c.shape[-1] % 16
@@ -131,8 +133,8 @@ def lstm_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The kernel ``fastseq::lstm_bwd``: ``dx, dh0, dc0, dw_ih, dw_hh, db, dw_hr``, by autograd, without the tape.
 
-    ``needs`` is a mask: 1 asks for ``dx``, 2 for ``dh0`` and ``dc0``, 4 for the weights. What is not asked for or does not exist
-    comes back with shape ``[0]``.
+    ``needs`` is a mask: 1 asks for ``dx``, 2 for ``dh0`` and ``dc0``, 4 for the weights. What is not asked for or does
+    not exist comes back with shape ``[0]``.
     """
     cut, padding = flag_masks(flags)
 

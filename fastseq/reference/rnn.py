@@ -1,4 +1,6 @@
-"""The Elman network, as the specification: h_t = f(w_ih x_t + b_ih + w_hh h_{t-1} + b_hh) with f in tanh, relu, logistic (Elman 1990).
+"""The Elman network, as the specification: a plain loop over time that reads as the formula.
+
+    h_t = f(w_ih x_t + b_ih + w_hh h_{t-1} + b_hh)      with f in tanh, relu, logistic (Elman 1990)
 
 The backward is the derivative that autograd takes of this loop (backpropagation through time, Werbos 1990).
 """
@@ -29,8 +31,8 @@ def rnn(
 ) -> tuple[Tensor, Tensor]:
     """One Elman layer in one direction over a whole sequence; arguments and results as :func:`fastseq.functional.rnn`.
 
-    Any device and floating dtype. Half types are computed in float32; only ``h`` is rounded, at every step before it is used
-    again, and with it ``y``.
+    Any device and floating dtype. Half types are computed in float32; only ``h`` is rounded, at every step before it is
+    used again, and with it ``y``.
     """
     cut, padding = time_masks(lengths, reset, x.shape[0], reverse, x.device)
     return _recurrence(x, h0, w_ih, w_hh, b_ih, b_hh, nonlinearity, reverse, cut, padding)
@@ -81,7 +83,9 @@ def rnn_fwd(
     reverse: bool,
 ) -> tuple[Tensor, Tensor]:
     """The kernel ``fastseq::rnn_fwd``: ``y, h_n``."""
-    return _recurrence(x, h0, w_ih, w_hh, b_ih, b_hh, nonlinearity, reverse, *flag_masks(flags))
+    cut, padding = flag_masks(flags)
+    y, h_n = _recurrence(x, h0, w_ih, w_hh, b_ih, b_hh, nonlinearity, reverse, cut, padding)
+    return y, h_n.contiguous()
 
 
 def rnn_bwd(
@@ -103,8 +107,8 @@ def rnn_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The kernel ``fastseq::rnn_bwd``: ``dx, dh0, dw_ih, dw_hh, db``, by autograd, without the saved ``y``.
 
-    ``needs`` is a mask: 1 asks for ``dx``, 2 for ``dh0``, 4 for the weights. What is not asked for or does not exist comes back
-    with shape ``[0]``.
+    ``needs`` is a mask: 1 asks for ``dx``, 2 for ``dh0``, 4 for the weights. What is not asked for or does not exist
+    comes back with shape ``[0]``.
     """
     cut, padding = flag_masks(flags)
 
