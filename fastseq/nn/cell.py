@@ -125,7 +125,7 @@ class LSTMCellForward(CellForward):
         weights = (self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
         if vendor.serves(x, "LSTM"):
             h, c = vendor.run_lstm_cell(x, (h, c), *weights)
-        elif c.dtype == torch.float32 and torch.is_autocast_enabled(x.device.type):
+        elif c.dtype == torch.float32 and _autocasts(x):
             # As torch's cell does, keep a float32 cell state so under autocast: in the half type it would be rounded at
             # every step of the caller's loop.
             with torch.autocast(x.device.type, enabled=False):
@@ -229,3 +229,8 @@ def _check_rank(cell: str, name: str, value: Tensor) -> None:
         raise TypeError(f"{cell}: {name}: expected a Tensor, got {type(value).__name__}")
     if value.dim() not in (1, 2):
         raise ShapeError(f"{cell}: Expected {name} to be 1D or 2D, got {value.dim()}D instead")
+
+
+def _autocasts(x: Tensor) -> bool:
+    # The first question spares the second, which raises for devices that autocast does not know (meta).
+    return bool(torch._C._is_any_autocast_enabled()) and torch.is_autocast_enabled(x.device.type)

@@ -162,8 +162,10 @@ class RecurrentForward:
     def _weights(self, k: int) -> dict[str, Tensor]:
         """The weights of layer and direction k as the operation names them: w_ih, w_hh, b_ih, b_hh, w_hr."""
         # Read by name at each call, never cached: parametrizations and torch.func.functional_call replace attributes.
-        # "weight_ih_l0" -> "w_ih", "bias_hh_l1_reverse" -> "b_hh".
-        return {f"{name[0]}_{name.split('_')[1]}": getattr(self, name) for name in self._all_weights[k]}
+        biases = ("b_ih", "b_hh") if self.bias else ()
+        projection = ("w_hr",) if self.proj_size > 0 else ()
+        names = zip(("w_ih", "w_hh", *biases, *projection), self._all_weights[k], strict=True)
+        return {operand: getattr(self, name) for operand, name in names}
 
     def _dropout(self, x: Tensor, packing: Packing | None) -> Tensor:
         if self.dropout == 0 or not self.training:
