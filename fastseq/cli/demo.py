@@ -53,7 +53,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument(
         "--seconds",
         type=console.positive_float,
-        default=90.0,
+        default=80.0,
         help="stop training early, both models at the same step, when this time is used up (%(default)s)",
     )
     parser.add_argument(
