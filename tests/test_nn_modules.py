@@ -34,6 +34,13 @@ def states_for(module: Any, batch: int | None, dtype: torch.dtype, requires_grad
     return tuple(made) if module.mode == "LSTM" else made[0]
 
 
+def test_the_public_names() -> None:
+    expected = {"LSTM", "RNN", "LSTMCell", "RNNCell", "ShapeError", "convert", "to_torch", "patch", "info"}
+    expected |= {"functional", "reference", "testing", "__version__"}
+    assert set(fastseq.__all__) == expected
+    assert all(hasattr(fastseq, name) for name in expected)
+
+
 # Construction and state
 
 
