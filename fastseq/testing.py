@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,11 +73,12 @@ def use_implementation(name: str) -> Iterator[None]:
 
 def compare(
     op: str,
-    inputs: Mapping[str, Any],
+    inputs: Mapping[str, Any] | Sequence[Mapping[str, Any]],
     *,
     implementation: str,
     dtype: torch.dtype | None = None,
     grads: bool = True,
+    used: Collection[str] | None = None,
     seed: int = 0,
 ) -> list[Comparison]:
     """Runs ``op`` by one implementation and compares every output, and every gradient, with the float64 reference.
@@ -85,11 +86,13 @@ def compare(
     Args:
         op: "lstm" or "rnn".
         inputs: the arguments of the function in :mod:`fastseq.functional`, by name. An input that requires no gradient
-            gets one all the same when ``grads`` is true.
+            gets one all the same when ``grads`` is true. Or several such draws of one shape, which are judged together:
+            in a tensor of a few numbers the reference may be right by luck, and luck is no standard.
         implementation: one of :func:`implementations`.
         dtype: floating inputs are rounded to it first (default: left as they are). The truth starts from the rounded
             values.
         grads: whether to compare gradients too. The gradients that arrive at the outputs are drawn at random.
+        used: the outputs at which a gradient arrives (default: all), as ``{"y"}``. At the others none does.
         seed: of those random gradients.
 
     Returns:
@@ -98,28 +101,35 @@ def compare(
     if op not in _OPS:
         raise ValueError(f"op: expected one of {', '.join(_OPS)}, got {op!r}")
     entry = _OPS[op]
-    inputs = {name: _rounded(value, dtype) for name, value in inputs.items()}
-    here = next(value.dtype for value in inputs.values() if _differentiable(value))
-    wide = {name: _rounded(value, torch.float64) for name, value in inputs.items()}
-
-    truth = _results(entry.reference, wide, entry.outputs, grads, seed, here)
-    with use_implementation(implementation):
-        got = _results(entry.function, inputs, entry.outputs, grads, seed, here)
-    ref = truth if here == torch.float64 else _results(entry.reference, inputs, entry.outputs, grads, seed, here)
-    return [_compare(name, got[name], ref[name], truth[name]) for name in truth]
+    draws = [inputs] if isinstance(inputs, Mapping) else inputs
+    used = (entry.outputs if used is None else used) if grads else ()
+    got, ref, truth = [], [], []
+    for index, draw in enumerate(draws):
+        given = {name: _rounded(value, dtype) for name, value in draw.items()}
+        wide = {name: _rounded(value, torch.float64) for name, value in given.items()}
+        here = next(value.dtype for value in given.values() if _differentiable(value))
+        options = entry.outputs, used, seed + index, here
+        truth.append(_results(entry.reference, wide, *options))
+        ref.append(truth[-1] if here == torch.float64 else _results(entry.reference, given, *options))
+        with use_implementation(implementation):
+            got.append(_results(entry.function, given, *options))
+    return [
+        _compare(name, *(torch.stack([each[name] for each in one]) for one in (got, ref, truth))) for name in truth[0]
+    ]
 
 
 def assert_matches_reference(
     op: str,
-    inputs: Mapping[str, Any],
+    inputs: Mapping[str, Any] | Sequence[Mapping[str, Any]],
     *,
     implementation: str,
     dtype: torch.dtype | None = None,
     grads: bool = True,
+    used: Collection[str] | None = None,
     seed: int = 0,
 ) -> None:
     """:func:`compare`, raising an AssertionError that lists every mismatch."""
-    results = compare(op, inputs, implementation=implementation, dtype=dtype, grads=grads, seed=seed)
+    results = compare(op, inputs, implementation=implementation, dtype=dtype, grads=grads, used=used, seed=seed)
     wrong = [str(result) for result in results if not result.ok]
     if wrong:
         raise AssertionError(f"{op} by {implementation} does not match the float64 reference:\n  " + "\n  ".join(wrong))
@@ -137,22 +147,27 @@ def _results(
     function: Callable[..., tuple[Tensor, ...]],
     inputs: Mapping[str, Any],
     outputs: tuple[str, ...],
-    grads: bool,
+    used: Collection[str],
     seed: int,
     dtype: torch.dtype,
 ) -> dict[str, Tensor]:
     """Outputs and gradients by name. The gradients that arrive are the same numbers each time: those of ``dtype``."""
-    leaves = {n: v.detach().requires_grad_(grads) if _differentiable(v) else v for n, v in inputs.items()}
-    values = function(**leaves)
-    results = {name: value.detach() for name, value in zip(outputs, values, strict=True)}
-    if grads:
+    leaves = {n: v.detach().requires_grad_(bool(used)) if _differentiable(v) else v for n, v in inputs.items()}
+    values = dict(zip(outputs, function(**leaves), strict=True))
+    results = {name: value.detach() for name, value in values.items()}
+    if used:
         generator = torch.Generator().manual_seed(seed)
-        arriving = [
-            torch.randn(v.shape, generator=generator, dtype=torch.float64).to(dtype).to(v.device, v.dtype)
-            for v in values
-        ]
+        arriving = {
+            name: torch.randn(value.shape, generator=generator, dtype=torch.float64).to(dtype)
+            for name, value in values.items()
+        }
         asked = {name: leaf for name, leaf in leaves.items() if _differentiable(leaf)}
-        found = torch.autograd.grad(values, list(asked.values()), arriving)
+        found = torch.autograd.grad(
+            [values[name] for name in used],
+            list(asked.values()),
+            [arriving[name].to(values[name]) for name in used],
+            materialize_grads=True,
+        )
         results |= {f"d{name}": grad for name, grad in zip(asked, found, strict=True)}
     return results
 

@@ -1,0 +1,85 @@
+"""Options, markers and fixtures of the whole test suite."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastseq import cpu
+from fastseq.ops import dispatch
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full", action="store_true", help="run every combination, not only the quick tier")
+    parser.addoption("--seed", type=int, default=None, help="the seed of the random inputs (default: a fresh one)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "full: every combination; runs only with --full (make test-full)")
+    config.addinivalue_line("markers", "gpu: needs a CUDA device")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    left_out = []
+    if not config.getoption("--full"):
+        left_out += [item for item in items if item.get_closest_marker("full")]
+    if not torch.cuda.is_available():
+        left_out += [item for item in items if item.get_closest_marker("gpu") and item not in left_out]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+
+
+@pytest.fixture
+def seed(request: pytest.FixtureRequest) -> int:
+    """A fresh seed, already given to torch; a failing test shows it, and ``--seed`` brings it back."""
+    given = request.config.getoption("--seed")
+    chosen = int.from_bytes(os.urandom(4), "little") if given is None else given
+    print(f"seed: {chosen} (repeat with --seed {chosen})")
+    torch.manual_seed(chosen)
+    return chosen
+
+
+# Every kernel that runs here: the reference, and the C++ kernels of each instruction set.
+BACKENDS = ["reference", *(f"cpp-{isa}" for isa in cpu.isas())]
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The name of an implementation, which is forced while the test runs."""
+    name, _, isa = request.param.partition("-")
+    with dispatch.use(name):
+        if isa:
+            with cpu.use_isa(isa):
+                yield name
+        else:
+            yield name
+
+
+@pytest.fixture
+def poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fresh memory is full of NaN (integers: of ones), so that an output that was not written shows."""
+
+    def poisoned(make: Any) -> Any:
+        def fresh(*args: Any, **kwargs: Any) -> Tensor:
+            made: Tensor = make(*args, **kwargs)
+            if made.is_meta or type(made) is not Tensor:
+                return made
+            with torch.no_grad():
+                return made.fill_(float("nan") if made.is_floating_point() else 1)
+
+        return fresh
+
+    for owner, name in (
+        (torch, "empty"),
+        (torch, "empty_like"),
+        (torch, "empty_strided"),
+        (torch.Tensor, "new_empty"),
+        (torch.Tensor, "new_empty_strided"),
+    ):
+        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))

@@ -1,0 +1,102 @@
+"""Random inputs for the tests of the recurrences, and the shapes and options that between them meet every corner."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Case:
+    """Sizes and options of one call. ``time`` is any of "lengths" and "reset", joined by "+"."""
+
+    T: int
+    B: int
+    I: int
+    H: int
+    P: int | None = None
+    bias: str = "both"  # both, ih, hh, none
+    reverse: bool = False
+    time: str = ""
+    strided: bool = False
+
+    def __str__(self) -> str:
+        parts = [f"T{self.T}B{self.B}I{self.I}H{self.H}"]
+        parts += [f"P{self.P}"] if self.P else []
+        parts += [f"bias-{self.bias}"] if self.bias != "both" else []
+        parts += ["reverse"] * self.reverse + ([self.time] if self.time else []) + ["strided"] * self.strided
+        return "-".join(parts)
+
+
+# Each option meets several sizes, and each size (one, odd, just beyond a vector, large) several options.
+CASES = [
+    Case(1, 1, 1, 1),
+    Case(1, 1, 1, 1, P=1, reverse=True, time="lengths+reset"),
+    Case(1, 4, 7, 63, bias="ih"),
+    Case(5, 3, 4, 1, bias="hh", time="reset"),
+    Case(6, 1, 5, 65, reverse=True),
+    Case(6, 1, 3, 16, time="lengths", strided=True),
+    Case(3, 5, 2, 130, bias="none"),
+    Case(7, 4, 65, 63, time="lengths+reset"),
+    Case(7, 4, 65, 63, time="lengths+reset", reverse=True, strided=True),
+    Case(4, 17, 130, 65, P=33),
+    Case(9, 6, 8, 20, P=7, reverse=True, time="reset", bias="none"),
+    Case(9, 6, 8, 20, P=7, time="lengths+reset", strided=True),
+    Case(12, 9, 3, 32, reverse=True, time="lengths", bias="ih"),
+    Case(40, 33, 16, 48, strided=True),
+]
+
+
+def strided_copy(value: Tensor) -> Tensor:
+    """The same numbers, with gaps between them and the dimensions stored in another order."""
+    order = list(range(value.dim()))[::-1]
+    wide = torch.full([2 * size for size in value.permute(order).shape], 7, dtype=value.dtype)
+    view = wide[tuple(slice(None, None, 2) for _ in order)].permute(order)
+    view.copy_(value)
+    return view
+
+
+def time_options(case: Case) -> dict[str, Any]:
+    """``lengths`` with a zero and a full one where there is room, and ``reset`` with a third of the steps set."""
+    options: dict[str, Any] = {}
+    if "lengths" in case.time:
+        lengths = torch.randint(0, case.T + 1, (case.B,))
+        lengths[0] = 0
+        lengths[-1] = case.T
+        options["lengths"] = lengths
+    if "reset" in case.time:
+        options["reset"] = torch.rand(case.T, case.B) < 0.3
+    return options
+
+
+def inputs_of(case: Case, gates: int, dtype: torch.dtype = torch.float64) -> dict[str, Any]:
+    """Arguments by name: of lstm with ``gates=4``, of rnn with ``gates=1``."""
+    state = case.H if case.P is None or gates == 1 else case.P
+    scale = case.H**-0.5
+
+    def random(*shape: int, scale: float = 1.0) -> Tensor:
+        value = scale * torch.randn(shape, dtype=torch.float64).to(dtype)
+        return strided_copy(value) if case.strided else value
+
+    made: dict[str, Any] = {"x": random(case.T, case.B, case.I), "h0": random(case.B, state)}
+    if gates == 4:
+        made["c0"] = random(case.B, case.H)
+    made["w_ih"] = random(gates * case.H, case.I, scale=scale)
+    made["w_hh"] = random(gates * case.H, state, scale=scale)
+    if case.bias in ("both", "ih"):
+        made["b_ih"] = random(gates * case.H, scale=scale)
+    if case.bias in ("both", "hh"):
+        made["b_hh"] = random(gates * case.H, scale=scale)
+    if gates == 4 and case.P is not None:
+        made["w_hr"] = random(case.P, case.H, scale=scale)
+    return made | {"reverse": case.reverse} | time_options(case)
+
+
+def draws_of(case: Case, gates: int, dtype: torch.dtype) -> list[dict[str, Any]]:
+    """Enough draws of the inputs that no tensor judged, all draws together, has fewer than 64 numbers."""
+    first = inputs_of(case, gates, dtype)
+    smallest = min(v.numel() for v in first.values() if isinstance(v, Tensor) and v.is_floating_point())
+    return [first, *(inputs_of(case, gates, dtype) for _ in range(1, -(-64 // smallest)))]
