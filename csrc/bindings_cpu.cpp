@@ -27,7 +27,7 @@ Item* pointer(Address address) {
 template <typename Params>
 void set_sizes(Params& p, int storage, int activation, const std::vector<std::int64_t>& sizes, int threads) {
   if (storage < 0 || storage > static_cast<int>(Storage::kFloat16)) throw std::invalid_argument("unknown storage type");
-  if (activation < 0 || activation > static_cast<int>(Activation::kIdentity))
+  if (activation < 0 || activation > static_cast<int>(Activation::kLogistic))
     throw std::invalid_argument("unknown activation");
   if (sizes.size() != 5) throw std::invalid_argument("sizes must be (T, B, I, H, P)");
   for (std::size_t i = 0; i < sizes.size(); ++i)  // an input of no columns is allowed: a layer that hears only itself
@@ -94,9 +94,13 @@ void check_lstm_backward(const BackwardParams& p) {
   require(p.c0 && p.c && p.gates, "c0, c and gates");
   if (p.w_hr == nullptr && p.P != p.H) throw std::invalid_argument("without w_hr, P must be H");
 }
-template <typename Params>
-void check_rnn(const Params& p) {
-  if (p.w_hr != nullptr || p.P != p.H) throw std::invalid_argument("an Elman layer has no projection: P must be H");
+void check_rnn(bool projected) {
+  if (projected) throw std::invalid_argument("an Elman layer has no projection: P must be H");
+}
+void check_rnn_forward(const ForwardParams& p) { check_rnn(p.w_hr != nullptr || p.P != p.H); }
+void check_rnn_backward(const BackwardParams& p) {
+  check_rnn(p.w_hr != nullptr || p.P != p.H);
+  require(p.gates != nullptr, "gates");
 }
 
 // A Python function that takes what `make` takes, checks the params it gives, and runs the kernel without the GIL.
@@ -128,6 +132,6 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("openmp_threads", &omp_get_max_threads);
   m.def("lstm_forward", bind<&KernelTable::lstm_forward>(&forward_params, &check_lstm_forward));
   m.def("lstm_backward", bind<&KernelTable::lstm_backward>(&backward_params, &check_lstm_backward));
-  m.def("rnn_forward", bind<&KernelTable::rnn_forward>(&forward_params, &check_rnn<ForwardParams>));
-  m.def("rnn_backward", bind<&KernelTable::rnn_backward>(&backward_params, &check_rnn<BackwardParams>));
+  m.def("rnn_forward", bind<&KernelTable::rnn_forward>(&forward_params, &check_rnn_forward));
+  m.def("rnn_backward", bind<&KernelTable::rnn_backward>(&backward_params, &check_rnn_backward));
 }

@@ -1,8 +1,10 @@
-// The logistic function, tanh and their kin on vectors, within about two units in the last place, exact at both ends.
+// The logistic function, tanh and their slopes on vectors, exact at both ends: within about two units in the last
+// place, tanh one.
 //
 // Both rest on exp by range reduction: exp(x) = 2^n exp(r), n = round(x / ln 2), |r| <= ln(2)/2, with ln 2 in two
-// parts (Cody and Waite 1980) and exp(r) - 1 by a polynomial. tanh comes from exp(2x) - 1, so that it keeps its
-// relative accuracy near zero. Arguments are clamped where the result no longer changes; a NaN stays a NaN.
+// parts (Cody and Waite 1980) and exp(r) - 1 by a polynomial. tanh(x) is 1 - 2 / (exp(2x) + 1), whose small second term
+// brings little error, and near zero, where that would cancel, x + x^3 P(x^2). Arguments are clamped where the result
+// no longer changes; a NaN stays a NaN.
 #pragma once
 
 #include "params.h"
@@ -64,68 +66,90 @@ FASTSEQ_INLINE Vec<Real> clamp(Vec<Real> x, Real limit) {
   return x < low ? low : x;
 }
 
-// exp(x) = scale * (1 + tail): the power of two and exp(r) - 1, kept apart so that exp(x) - 1 loses nothing.
 template <typename Real>
-FASTSEQ_INLINE void exp_parts(Vec<Real> x, Vec<Real>* scale, Vec<Real>* tail) {
+FASTSEQ_INLINE Vec<Real> exp(Vec<Real> x) {
   using K = ExpConstants<Real>;
   const Vec<Real> magic = broadcast(K::kRoundMagic);
   const Vec<Real> shifted = fma(x, broadcast(K::kLog2e), magic);
   const Vec<Real> n = shifted - magic;
   Vec<Real> r = fma(n, broadcast(-K::kLn2High), x);
   r = fma(n, broadcast(-K::kLn2Low), r);
-  *tail = fma(r * r, expm1_tail(r), r);
+  const Vec<Real> tail = fma(r * r, expm1_tail(r), r);
   // The integer n stands in the low bits of `shifted`; the shift drops the magic number's own bits.
   const IntVec<Real> bits = (bit_cast<IntVec<Real>>(shifted) + K::kExponentBias) << K::kMantissaBits;
-  *scale = bit_cast<Vec<Real>>(bits);
+  const Vec<Real> scale = bit_cast<Vec<Real>>(bits);
+  return fma(scale, tail, scale);
 }
 
+// tanh(x) = x + x^3 numerator(x^2) / denominator(x^2) for |x| < kTanhSmall (Moshier, Cephes 1989).
+constexpr double kTanhSmall = 0.625;
+FASTSEQ_INLINE void tanh_fraction(Vec<float> z, Vec<float>* numerator, Vec<float>* denominator) {
+  Vec<float> p = fma(z, broadcast(-5.70498872745e-3f), broadcast(2.06390887954e-2f));
+  p = fma(p, z, broadcast(-5.37397155531e-2f));
+  p = fma(p, z, broadcast(1.33314422036e-1f));
+  *numerator = fma(p, z, broadcast(-3.33332819422e-1f)) * z;
+  *denominator = broadcast(1.0f);
+}
+FASTSEQ_INLINE void tanh_fraction(Vec<double> z, Vec<double>* numerator, Vec<double>* denominator) {
+  Vec<double> p = fma(z, broadcast(-9.64399179425052238628e-1), broadcast(-9.92877231001918586564e1));
+  p = fma(p, z, broadcast(-1.61468768441708447952e3));
+  *numerator = p * z;
+  Vec<double> q = z + broadcast(1.12811678491632931402e2);
+  q = fma(q, z, broadcast(2.23548839060100448583e3));
+  *denominator = fma(q, z, broadcast(4.84406305325125486048e3));
+}
+
+// f(x), and f'(x) from the same exponential: 1 - f^2 and f (1 - f) would lose every digit where f saturates.
+template <typename Real>
+FASTSEQ_INLINE Vec<Real> logistic(Vec<Real> x, Vec<Real>* slope) {
+  const Vec<Real> one = broadcast(Real(1));
+  const Vec<Real> e = exp<Real>(-clamp<Real>(x, ExpConstants<Real>::kLogisticLimit));
+  const Vec<Real> value = one / (one + e);
+  *slope = e * value * value;
+  return value;
+}
+template <typename Real>
+FASTSEQ_INLINE Vec<Real> tanh(Vec<Real> x, Vec<Real>* slope) {
+  const Vec<Real> one = broadcast(Real(1)), two = broadcast(Real(2)), small = broadcast(Real(kTanhSmall));
+  x = clamp<Real>(x, ExpConstants<Real>::kTanhLimit);
+  const auto is_negative = x < zero<Real>();
+  const Vec<Real> magnitude = is_negative ? -x : x;
+  const auto is_small = magnitude < small;
+  Vec<Real> numerator, denominator;
+  tanh_fraction(x * x, &numerator, &denominator);
+  const Vec<Real> e = exp<Real>(magnitude + magnitude);
+  // One division serves both: tanh|x| = base + base * fraction, with base |x| near zero and 1 elsewhere.
+  const Vec<Real> fraction = (is_small ? numerator : -two) / (is_small ? denominator : e + one);
+  const Vec<Real> base = is_small ? magnitude : one;
+  const Vec<Real> value = fma(base, fraction, base);
+  *slope = is_small ? fma(-value, value, one) : e * fraction * fraction;
+  return is_negative ? -value : value;
+}
+
+// Without the slope.
 template <typename Real>
 FASTSEQ_INLINE Vec<Real> logistic(Vec<Real> x) {
-  Vec<Real> scale, tail;
-  exp_parts<Real>(-clamp<Real>(x, ExpConstants<Real>::kLogisticLimit), &scale, &tail);
-  const Vec<Real> one = broadcast(Real(1));
-  return one / (one + fma(scale, tail, scale));
+  Vec<Real> slope;
+  return logistic<Real>(x, &slope);
 }
-
 template <typename Real>
 FASTSEQ_INLINE Vec<Real> tanh(Vec<Real> x) {
-  x = clamp<Real>(x, ExpConstants<Real>::kTanhLimit);
-  Vec<Real> scale, tail;
-  exp_parts<Real>(x + x, &scale, &tail);
-  const Vec<Real> e = fma(scale, tail, scale - broadcast(Real(1)));
-  return e / (e + broadcast(Real(2)));
+  Vec<Real> slope;
+  return tanh<Real>(x, &slope);
 }
 
 template <typename Real>
-FASTSEQ_INLINE Vec<Real> activate(Activation activation, Vec<Real> a) {
+FASTSEQ_INLINE Vec<Real> activate(Activation activation, Vec<Real> a, Vec<Real>* slope) {
   switch (activation) {
     case Activation::kTanh:
-      return tanh<Real>(a);
-    case Activation::kRelu:
-      return a < zero<Real>() ? zero<Real>() : a;  // a NaN stays a NaN, as in torch
+      return tanh<Real>(a, slope);
     case Activation::kLogistic:
-      return logistic<Real>(a);
-    case Activation::kIdentity:
+      return logistic<Real>(a, slope);
+    case Activation::kRelu:
       break;
   }
-  return a;
-}
-
-// f'(a) told from h = f(a), which is all the tape of an Elman layer keeps.
-template <typename Real>
-FASTSEQ_INLINE Vec<Real> activation_slope(Activation activation, Vec<Real> h) {
-  const Vec<Real> one = broadcast(Real(1));
-  switch (activation) {
-    case Activation::kTanh:
-      return fma(-h, h, one);
-    case Activation::kRelu:
-      return h > zero<Real>() ? one : zero<Real>();
-    case Activation::kLogistic:
-      return fma(-h, h, h);
-    case Activation::kIdentity:
-      break;
-  }
-  return one;
+  *slope = a > zero<Real>() ? broadcast(Real(1)) : zero<Real>();
+  return a < zero<Real>() ? zero<Real>() : a;  // a NaN stays a NaN, as in torch
 }
 
 }  // namespace

@@ -26,10 +26,6 @@ struct AccumulateOp {
   int64_t ldc, width;  // width: columns of C from here on
   bool add;
   template <int kRows, int kVectors>
-  FASTSEQ_INLINE void begin(Vec<Real> (&acc)[kRows][kVectors]) const {
-    set_zero<Real>(acc);
-  }
-  template <int kRows, int kVectors>
   FASTSEQ_INLINE void finish(const Vec<Real> (&acc)[kRows][kVectors]) const {
     FASTSEQ_UNROLL
     for (int r = 0; r < kRows; ++r) FASTSEQ_UNROLL

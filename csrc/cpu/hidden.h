@@ -192,10 +192,6 @@ struct HiddenGradOp {
   Real* dh;
   int64_t dh_stride;
   template <int kRows, int kVectors>
-  FASTSEQ_INLINE void begin(Vec<Real> (&acc)[kRows][kVectors]) const {
-    set_zero<Real>(acc);
-  }
-  template <int kRows, int kVectors>
   FASTSEQ_INLINE void finish(const Vec<Real> (&acc)[kRows][kVectors]) const {
     FASTSEQ_UNROLL
     for (int r = 0; r < kRows; ++r) FASTSEQ_UNROLL
@@ -212,10 +208,6 @@ struct InitialHiddenGradOp {
   int64_t stride;
 
   template <int kRows, int kVectors>
-  FASTSEQ_INLINE void begin(Vec<Real> (&acc)[kRows][kVectors]) const {
-    set_zero<Real>(acc);
-  }
-  template <int kRows, int kVectors>
   FASTSEQ_INLINE void finish(const Vec<Real> (&acc)[kRows][kVectors]) const {
     FASTSEQ_UNROLL
     for (int r = 0; r < kRows; ++r) FASTSEQ_UNROLL
@@ -227,26 +219,16 @@ struct InitialHiddenGradOp {
   }
 };
 
-// h = f(acc) straight to the sink: the Elman step, and with the identity the LSTM's projection.
+// The LSTM's projection: h is the product itself.
 template <typename Real, bool kFlags>
-struct HiddenOp {
-  Activation activation;
-  const Real* preactivation;  // or null: zero
-  int64_t preactivation_stride;
+struct ProjectedHiddenOp {
   typename HiddenState<Real, kFlags>::Sink sink;
 
-  template <int kRows, int kVectors>
-  FASTSEQ_INLINE void begin(Vec<Real> (&acc)[kRows][kVectors]) const {
-    FASTSEQ_UNROLL
-    for (int r = 0; r < kRows; ++r) FASTSEQ_UNROLL
-    for (int v = 0; v < kVectors; ++v)
-      acc[r][v] = preactivation ? load(preactivation + r * preactivation_stride + v * kLanes<Real>) : zero<Real>();
-  }
   template <int kRows, int kVectors>
   FASTSEQ_INLINE void finish(const Vec<Real> (&acc)[kRows][kVectors]) const {
     FASTSEQ_UNROLL
     for (int r = 0; r < kRows; ++r) FASTSEQ_UNROLL
-    for (int v = 0; v < kVectors; ++v) sink.put(r, v, activate<Real>(activation, acc[r][v]));
+    for (int v = 0; v < kVectors; ++v) sink.put(r, v, acc[r][v]);
   }
 };
 
@@ -258,16 +240,11 @@ struct ProjectionOp {
   int64_t gates_stride;
   int64_t vector_stride;  // from one vector of the panel to the next, in bias and in gates
   template <int kRows, int kVectors>
-  FASTSEQ_INLINE void begin(Vec<Real> (&acc)[kRows][kVectors]) const {
-    FASTSEQ_UNROLL
-    for (int r = 0; r < kRows; ++r) FASTSEQ_UNROLL
-    for (int v = 0; v < kVectors; ++v) acc[r][v] = load(bias + v * vector_stride);
-  }
-  template <int kRows, int kVectors>
   FASTSEQ_INLINE void finish(const Vec<Real> (&acc)[kRows][kVectors]) const {
     FASTSEQ_UNROLL
     for (int r = 0; r < kRows; ++r) FASTSEQ_UNROLL
-    for (int v = 0; v < kVectors; ++v) store(gates + r * gates_stride + v * vector_stride, acc[r][v]);
+    for (int v = 0; v < kVectors; ++v)
+      store(gates + r * gates_stride + v * vector_stride, acc[r][v] + load(bias + v * vector_stride));
   }
 };
 

@@ -25,19 +25,15 @@ struct LstmCellOp {
   const uint8_t* flags;
 
   template <int kRows, int kVectors>
-  FASTSEQ_INLINE void begin(Vec<Real> (&acc)[kRows][kVectors]) const {
+  FASTSEQ_INLINE void finish(const Vec<Real> (&acc)[kRows][kVectors]) const {
     static_assert(kVectors == kGates, "an LSTM panel is four gates of one vector of units");
     FASTSEQ_UNROLL
-    for (int r = 0; r < kRows; ++r) FASTSEQ_UNROLL
-    for (int gate = 0; gate < kGates; ++gate)
-      acc[r][gate] = load(preactivation + r * gates_stride + gate * gate_stride);
-  }
-  template <int kRows, int kVectors>
-  FASTSEQ_INLINE void finish(const Vec<Real> (&acc)[kRows][kVectors]) const {
-    FASTSEQ_UNROLL
     for (int r = 0; r < kRows; ++r) {
-      const Vec<Real> i = logistic<Real>(acc[r][kInput]), f = logistic<Real>(acc[r][kForget]);
-      const Vec<Real> g = tanh<Real>(acc[r][kCell]), o = logistic<Real>(acc[r][kOutput]);
+      const Real* from = preactivation + r * gates_stride;
+      const Vec<Real> i = logistic<Real>(acc[r][kInput] + load(from + kInput * gate_stride));
+      const Vec<Real> f = logistic<Real>(acc[r][kForget] + load(from + kForget * gate_stride));
+      const Vec<Real> g = tanh<Real>(acc[r][kCell] + load(from + kCell * gate_stride));
+      const Vec<Real> o = logistic<Real>(acc[r][kOutput] + load(from + kOutput * gate_stride));
       Vec<Real> before = load(c_before + r * c_stride);
       if (kFlags && flags[r] & kFlagReset) before = zero<Real>();
       Vec<Real> now = fma(f, before, i * g);
@@ -75,10 +71,6 @@ struct LstmCellGradOp {
   Real* unprojected;  // o tanh(c) for the projection's weight gradient, or null
   const uint8_t* flags;
 
-  template <int kRows, int kVectors>
-  FASTSEQ_INLINE void begin(Vec<Real> (&acc)[kRows][kVectors]) const {
-    set_zero<Real>(acc);
-  }
   template <int kRows, int kVectors>
   FASTSEQ_INLINE void finish(const Vec<Real> (&acc)[kRows][kVectors]) const {
     FASTSEQ_UNROLL

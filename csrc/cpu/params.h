@@ -10,7 +10,7 @@
 namespace fastseq {
 
 enum class Storage : int { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3 };
-enum class Activation : int { kTanh = 0, kRelu = 1, kLogistic = 2, kIdentity = 3 };
+enum class Activation : int { kTanh = 0, kRelu = 1, kLogistic = 2 };
 
 // Bits of a step flag, uint8 [T, B]: see fastseq/ops/flags.py.
 constexpr uint8_t kFlagReset = 1;    // take the zero state before this step
@@ -34,7 +34,7 @@ struct ForwardParams {
   const uint8_t* flags;                          // [T, B] or null
   bool reverse;
   void *y, *h_n, *c_n;  // [T, B, P], [B, P], [B, H]
-  void *c, *gates;      // tape [T, B, tape_width] and [T, B, gates_width] in arithmetic type, or null
+  void *c, *gates;  // tape [T, B, tape_width] and [T, B, gates_width] in arithmetic type, or null; Elman: f'(a), no c
   int threads;
 };
 

@@ -163,13 +163,14 @@ class RecurrentForward {
                                         kFlags ? p_.flags + t * p_.B + row : nullptr};
       Cell::template run<Chains::kSide, Real>(batch_.height(tile), panel, op, product);
     } else {
-      const HiddenOp<Real, kFlags> op{p_.activation, preactivation, gates_stride_, hidden_.sink(step, row, column)};
+      const ElmanCellOp<Real, kFlags> op{p_.activation, preactivation, p_.gates ? preactivation : nullptr,
+                                         gates_stride_, hidden_.sink(step, row, column)};
       Cell::template run<Chains::kSide, Real>(batch_.height(tile), panel, op, product);
     }
   }
   void project(int64_t step, const Panel& panel, int64_t tile) const {
     const int64_t row = batch_.first(tile), column = panel.first * kLanes<Real>;
-    const HiddenOp<Real, kFlags> op{Activation::kIdentity, nullptr, 0, hidden_.sink(step, row, column)};
+    const ProjectedHiddenOp<Real, kFlags> op{hidden_.sink(step, row, column)};
     run_tile<Chains::kSide, ALayout::kRows, Real>(
         batch_.height(tile), panel.vectors, op,
         Product<Real>{w_hr_ + column * p_.H, p_.H, unprojected_ + row * width_, width_});
@@ -332,10 +333,11 @@ class RecurrentBackward {
   }
   void cell(int64_t step, const Panel& panel, int64_t tile) const {
     const int64_t t = clock_.time(step), row = batch_.first(tile), column = panel.first * kLanes<Real>;
-    const int64_t cell = row * width_ + column, gate = row * gates_stride_ + column;
+    const int64_t gate = row * gates_stride_ + column;
     Real* db = db_ ? db_ + tile * Cell::kGates * width_ + column : nullptr;
-    const uint8_t* flags = kFlags ? p_.flags + t * p_.B + row : nullptr;
     if constexpr (Cell::kHasC) {
+      const uint8_t* flags = kFlags ? p_.flags + t * p_.B + row : nullptr;
+      const int64_t cell = row * width_ + column;
       const bool projected = p_.w_hr != nullptr;
       const LstmCellGradOp<Real, kFlags> op{projected,
                                             projected ? Source{} : hidden_.source(step, row, column),
@@ -355,15 +357,9 @@ class RecurrentBackward {
           projected ? Product<Real>{w_hr_ + column * p_.P, p_.P, dh_ + (t * p_.B + row) * dh_stride_, dh_stride_}
                     : recurrent(step, panel, row));
     } else {
-      const ElmanGradOp<Real, kFlags> op{p_.activation,
-                                         p_.storage,
-                                         hidden_.source(step, row, column),
-                                         at(p_.y, p_.storage, (t * p_.B + row) * p_.H + column),
-                                         p_.H,
-                                         p_.H - column,
-                                         dgates_at(step) + gate,
-                                         gates_stride_,
-                                         db};
+      const ElmanGradOp<Real, kFlags> op{hidden_.source(step, row, column),
+                                         static_cast<const Real*>(p_.gates) + t * p_.B * gates_stride_ + gate,
+                                         dgates_at(step) + gate, gates_stride_, db};
       run_tile<Chains::kSide, ALayout::kRows, Real>(batch_.height(tile), panel.vectors, op,
                                                     recurrent(step, panel, row));
     }

@@ -1,5 +1,8 @@
-// The Elman cell's derivative on the registers of a tile: h_t = f(a_t), a_t = U x_t + W h_{t-1} + b. Every f here tells
-// f'(a) from h = f(a), so that y is the whole tape. The forward cell is HiddenOp.
+// The Elman cell on the registers of a tile, and its derivative: h_t = f(a_t), a_t = U x_t + W h_{t-1} + b (Elman
+// 1990).
+//
+// The tape is f'(a_t). Made from a_t it keeps its relative accuracy where f saturates, and half-type h would not tell
+// it.
 #pragma once
 
 #include "hidden.h"
@@ -8,33 +11,45 @@ namespace fastseq {
 namespace {
 
 template <typename Real, bool kFlags>
-struct ElmanGradOp {
+struct ElmanCellOp {
   Activation activation;
-  Storage storage;
-  typename HiddenGradient<Real, kFlags>::Source source;
-  const void* y;
-  int64_t y_stride, y_columns;
-  Real* dgates;
-  int64_t dgates_stride;
-  Real* db;  // this batch tile's sums, or null
+  const Real* preactivation;
+  Real* slopes;  // or null: no tape is kept
+  int64_t stride;
+  typename HiddenState<Real, kFlags>::Sink sink;
 
   template <int kRows, int kVectors>
-  FASTSEQ_INLINE void begin(Vec<Real> (&acc)[kRows][kVectors]) const {
-    set_zero<Real>(acc);
+  FASTSEQ_INLINE void finish(const Vec<Real> (&acc)[kRows][kVectors]) const {
+    FASTSEQ_UNROLL
+    for (int r = 0; r < kRows; ++r) FASTSEQ_UNROLL
+    for (int v = 0; v < kVectors; ++v) {
+      const int64_t at = r * stride + v * kLanes<Real>;
+      Vec<Real> slope;
+      sink.put(r, v, activate<Real>(activation, acc[r][v] + load(preactivation + at), &slope));
+      if (slopes) store(slopes + at, slope);
+    }
   }
+};
+
+template <typename Real, bool kFlags>
+struct ElmanGradOp {
+  typename HiddenGradient<Real, kFlags>::Source source;
+  const Real* slopes;
+  Real* dgates;  // may be `slopes` itself
+  int64_t stride;
+  Real* db;  // this batch tile's sums, or null
+
   template <int kRows, int kVectors>
   FASTSEQ_INLINE void finish(const Vec<Real> (&acc)[kRows][kVectors]) const {
     FASTSEQ_UNROLL
     for (int v = 0; v < kVectors; ++v) {
-      const int inside = lanes_inside<Real>(y_columns, v * kLanes<Real>);
       Vec<Real> sum = zero<Real>();
       FASTSEQ_UNROLL
       for (int r = 0; r < kRows; ++r) {
         // On padding the source gives zero, and with it this step's gradient is zero.
-        const Vec<Real> dh = source.at_step(r, v, acc[r][v]);
-        const Vec<Real> h = inside ? load_as<Real>(storage, y, r * y_stride + v * kLanes<Real>, inside) : zero<Real>();
-        const Vec<Real> gradient = dh * activation_slope<Real>(activation, h);
-        store(dgates + r * dgates_stride + v * kLanes<Real>, gradient);
+        const int64_t at = r * stride + v * kLanes<Real>;
+        const Vec<Real> gradient = source.at_step(r, v, acc[r][v]) * load(slopes + at);
+        store(dgates + at, gradient);
         sum = sum + gradient;
       }
       if (db) store(db + v * kLanes<Real>, load(db + v * kLanes<Real>) + sum);

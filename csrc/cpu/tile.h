@@ -12,11 +12,13 @@
 namespace fastseq {
 namespace {
 
-// One chain of this many fused multiply-adds, then a new one, and the sums are added: a single chain over a long K has
-// a multiple of the rounding error of a blocked sum.
-constexpr int64_t kChain = 256;
-
 enum class ALayout { kRows, kColumns };  // A(r, k) at a[r * lda + k], or at a[k * lda + r]
+
+// One chain of so many fused multiply-adds, then a new one, and the sums are added: a single chain over a long K has a
+// multiple of the rounding error of a blocked sum. Weight gradients (kColumns) sum thousands of numbers of like sign,
+// for which the best block is about the cube root of twice their number.
+template <ALayout kLayout>
+constexpr int64_t kChain = kLayout == ALayout::kColumns ? 32 : 256;
 
 // Chains that run side by side, since with few rows there are too few accumulators to hide the latency of an FMA. It
 // depends on the rows alone: the order of every sum must not change with the number of threads.
@@ -85,7 +87,7 @@ FASTSEQ_INLINE void multiply(Vec<Real> (&acc)[kRows][kVectors], const Real* pane
   Vec<Real> total[kRows][kVectors];
   set_zero<Real>(total);
   for (int64_t k = 0;;) {
-    const int64_t length = K - k < kChain ? K - k : kChain;
+    const int64_t length = K - k < kChain<kLayout> ? K - k : kChain<kLayout>;
     multiply_chain<kRows, kVectors, kChains, kLayout, Real>(acc, panel + k * kVectors * kLanes<Real>, length,
                                                             kLayout == ALayout::kRows ? a + k : a + k * lda, lda);
     k += length;
@@ -97,7 +99,7 @@ FASTSEQ_INLINE void multiply(Vec<Real> (&acc)[kRows][kVectors], const Real* pane
       acc[r][v] = zero<Real>();
     }
   }
-  if (K > kChain) {
+  if (K > kChain<kLayout>) {
     FASTSEQ_UNROLL
     for (int r = 0; r < kRows; ++r) FASTSEQ_UNROLL
     for (int v = 0; v < kVectors; ++v) acc[r][v] = acc[r][v] + total[r][v];
@@ -115,7 +117,7 @@ struct Product {  // K == 0: no product, the Op alone
 template <int kRows, int kVectors, int kChains, ALayout kLayout, typename Real, typename Op>
 __attribute__((noinline)) void tile(const Op& op, const Product<Real>& product) {
   Vec<Real> acc[kRows][kVectors];
-  op.begin(acc);
+  set_zero<Real>(acc);
   if (product.K > 0)
     multiply<kRows, kVectors, kChains, kLayout, Real>(acc, product.panel, product.K, product.a, product.lda);
   op.finish(acc);
