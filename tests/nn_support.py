@@ -69,24 +69,47 @@ def run(module: nn.Module, args: Any, call: Callable[..., Any] | None = None) ->
     ]
 
 
-def assert_twins_agree(theirs: nn.Module, ours: nn.Module, args: Any, dtype: torch.dtype, seed: int = 11) -> None:
-    """The one tolerance rule, with torch's module in float64 as the truth.
+class Agreement:
+    """Holds results and gradients of pairs of modules against torch's module in float64, by the one tolerance rule.
 
-    The yardstick is the reference in dtype, and torch's module in dtype: a tensor of two elements may come out exact in
-    either by luck, which says nothing of the other.
+    In float64 the rule takes each tensor by itself. In a narrower dtype its yardstick is the error of torch's module in
+    that dtype, or of the reference if that is greater; and where a tensor has two elements that cancel in a sum, that
+    error is a matter of luck. So all tensors that were added, each scaled by a power of two to a largest element from
+    1/2 to 1, are one tensor to the rule: what it allows is relative to each tensor, and the luck evens out.
     """
 
-    def results(module: nn.Module, kind: torch.dtype) -> list[Tensor]:
-        torch.manual_seed(seed)  # for dropout
-        return run(copy.deepcopy(module).to(kind), to_dtype(args, kind))
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self._pool: list[list[Tensor]] = []  # one list per tensor: got, truth, yardsticks
 
-    truths, got = results(theirs, torch.float64), results(ours, dtype)
-    with fastseq.testing.use_implementation("reference"):
-        yardsticks = [results(theirs, dtype), results(ours, dtype)]
-    for index, (one, truth, *references) in enumerate(zip(got, truths, *yardsticks, strict=True)):
-        assert one.shape == truth.shape
-        assert {one.dtype, *(reference.dtype for reference in references)} == {dtype}
-        assert_close(one, truth, references, f"tensor {index} of {type(ours).__name__}")
+    def add(self, theirs: nn.Module, ours: nn.Module, args: Any, seed: int = 11) -> None:
+        def results(module: nn.Module, dtype: torch.dtype) -> list[Tensor]:
+            torch.manual_seed(seed)  # for dropout
+            return run(copy.deepcopy(module).to(dtype), to_dtype(args, dtype))
+
+        truths, got = results(theirs, torch.float64), results(ours, self.dtype)
+        with fastseq.testing.use_implementation("reference"):
+            yardsticks = [results(theirs, self.dtype), results(ours, self.dtype)]
+        for index, (one, truth, *references) in enumerate(zip(got, truths, *yardsticks, strict=True)):
+            assert one.shape == truth.shape
+            assert {one.dtype, *(reference.dtype for reference in references)} == {self.dtype}
+            if self.dtype == torch.float64:
+                assert_close(one, truth, references, f"tensor {index} of {type(ours).__name__}")
+            elif truth.numel():
+                exponent = torch.frexp(truth.abs().max()).exponent
+                self._pool.append([torch.ldexp(each, -exponent).flatten() for each in (one, truth, *references)])
+
+    def check(self) -> None:
+        if self._pool:
+            got, truth, *references = (torch.cat(column) for column in zip(*self._pool, strict=True))
+            assert_close(got, truth, references, f"{len(self._pool)} tensors")
+
+
+def assert_twins_agree(theirs: nn.Module, ours: nn.Module, args: Any, dtype: torch.dtype) -> None:
+    """Outputs and gradients of one call of both."""
+    agreement = Agreement(dtype)
+    agreement.add(theirs, ours, args)
+    agreement.check()
 
 
 def assert_close(got: Tensor, truth: Tensor, references: Sequence[Tensor], what: str) -> None:
@@ -94,3 +117,10 @@ def assert_close(got: Tensor, truth: Tensor, references: Sequence[Tensor], what:
     yardstick = max(references, key=lambda reference: (reference.double() - truth).norm().item())
     comparison = _compare(what, got, yardstick, truth)
     assert comparison.ok, str(comparison)
+
+
+def assert_same(got: Any, expected: Any) -> None:
+    """Equal but for rounding, in float64: what is compared is the same arithmetic, done in another layout or batch."""
+    for one, other in zip(tensors(got), tensors(expected), strict=True):
+        assert one.dtype == other.dtype == torch.float64
+        torch.testing.assert_close(one, other, rtol=1e-13, atol=1e-14)

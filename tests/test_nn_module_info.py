@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from nn_support import TWINS, assert_twins_agree, tensors
+from nn_support import TWINS, Agreement, assert_close, tensors
 from torch import nn
 from torch.testing._internal.common_modules import (
     ModuleErrorEnum,
@@ -47,10 +47,11 @@ def test_torch_has_samples_for_every_twin() -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("torch_class", TWINS, ids=lambda cls: cls.__name__)
 def test_outputs_and_gradients_of_every_sample(torch_class: type[nn.Module], dtype: torch.dtype) -> None:
+    agreement = Agreement(dtype)
     for sample in samples(torch_class, dtype):
-        given = sample.forward_input
-        assert not given.kwargs
-        assert_twins_agree(*pair(torch_class, sample, dtype), given.args, dtype)
+        assert not sample.forward_input.kwargs
+        agreement.add(*pair(torch_class, sample, dtype), sample.forward_input.args)
+    agreement.check()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
@@ -60,11 +61,14 @@ def test_outputs_and_gradients_of_every_packed_sample(dtype: torch.dtype) -> Non
     )
     packed = [sample for sample in made if isinstance(sample.forward_input.args[0], nn.utils.rnn.PackedSequence)]
     assert len(packed) >= 32
+    rnn, lstm = Agreement(dtype), Agreement(dtype)
     for sample in packed:
-        assert_twins_agree(*pair(nn.RNN, sample, dtype), sample.forward_input.args, dtype)
+        rnn.add(*pair(nn.RNN, sample, dtype), sample.forward_input.args)
         # torch has no packed samples of its LSTM; these serve for it as well.
         sample.constructor_input.kwargs.pop("nonlinearity")
-        assert_twins_agree(*pair(nn.LSTM, sample, dtype), sample.forward_input.args, dtype)
+        lstm.add(*pair(nn.LSTM, sample, dtype), sample.forward_input.args)
+    rnn.check()
+    lstm.check()
 
 
 @pytest.mark.parametrize("torch_class", TWINS, ids=lambda cls: cls.__name__)
@@ -85,7 +89,7 @@ def test_train_and_eval_without_gradients(torch_class: type[nn.Module], training
         with torch.no_grad():
             expected, got = (tensors(module(*sample.forward_input.args)) for module in (theirs, ours))
         for one, other in zip(got, expected, strict=True):
-            torch.testing.assert_close(one, other, rtol=64 * torch.finfo(torch.float64).eps, atol=1e-15)
+            assert_close(one, other, [other], torch_class.__name__)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from nn_support import TWINS, assert_close, assert_twins_agree, run, tensors, twins
+from nn_support import TWINS, Agreement, assert_close, assert_same, assert_twins_agree, run, tensors, twins
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence, pad_packed_sequence
 
@@ -21,6 +21,11 @@ from fastseq.nn import vendor
 LAYERS = (nn.LSTM, nn.RNN)
 CELLS = (nn.LSTMCell, nn.RNNCell)
 name_of = lambda cls: cls.__name__  # noqa: E731
+
+
+@pytest.fixture(autouse=True)
+def from_one_seed() -> None:
+    torch.manual_seed(0)
 
 
 def states_for(module: Any, batch: int | None, dtype: torch.dtype, requires_grad: bool = True) -> Any:
@@ -144,11 +149,11 @@ def test_a_copy_follows_its_own_weights() -> None:
 
 
 def test_setstate_takes_the_state_of_a_torch_module() -> None:
-    theirs = nn.LSTM(3, 4, 2)
+    theirs = nn.LSTM(3, 4, 2, dtype=torch.float64)
     ours = fastseq.LSTM.__new__(fastseq.LSTM)
     ours.__setstate__(theirs.__getstate__())
-    x = torch.randn(5, 2, 3)
-    torch.testing.assert_close(ours(x)[0], theirs(x)[0])
+    x = torch.randn(5, 2, 3, dtype=torch.float64)
+    assert_same(ours(x), theirs(x))
     state = theirs.__getstate__()
     del state["proj_size"]  # as pickled by a torch older than projections
     older = fastseq.LSTM.__new__(fastseq.LSTM)
@@ -270,8 +275,10 @@ def test_layers_agree_with_torch(torch_class: type[nn.Module], options: dict[str
     theirs, ours = twins(torch_class, 3, 5, **options, dtype=dtype)
     x = torch.randn(4, 7, 3, dtype=dtype, requires_grad=True)
     batch = 4 if ours.batch_first else 7
-    assert_twins_agree(theirs, ours, (x,), dtype)
-    assert_twins_agree(theirs, ours, (x, states_for(ours, batch, dtype)), dtype)
+    agreement = Agreement(dtype)
+    agreement.add(theirs, ours, (x,))
+    agreement.add(theirs, ours, (x, states_for(ours, batch, dtype)))
+    agreement.check()
 
 
 @pytest.mark.parametrize("torch_class", LAYERS, ids=name_of)
@@ -308,7 +315,7 @@ def test_hx_may_be_a_list_and_its_batch_may_be_expanded() -> None:
     theirs, ours = twins(nn.LSTM, 3, 5, dtype=torch.float64)
     x = torch.randn(4, 7, 3, dtype=torch.float64)
     hx = [torch.randn(1, 1, 5, dtype=torch.float64).expand(1, 7, 5) for _ in range(2)]
-    torch.testing.assert_close(ours(x, hx)[0], theirs(x, hx)[0], rtol=1e-13, atol=1e-15)
+    assert_same(ours(x, hx)[0], theirs(x, hx)[0])
 
 
 @pytest.mark.parametrize("torch_class", LAYERS, ids=name_of)
@@ -441,14 +448,14 @@ def test_lengths_are_a_packed_sequence_without_packing(torch_class: type[nn.Modu
 
 @pytest.mark.parametrize("torch_class", LAYERS, ids=name_of)
 def test_a_length_of_zero_hands_on_the_state(torch_class: type[nn.Module]) -> None:
-    ours = TWINS[torch_class](3, 5)
-    x, hx = torch.randn(6, 2, 3), states_for(ours, 2, torch.float32)
+    ours = TWINS[torch_class](3, 5, dtype=torch.float64)
+    x, hx = torch.randn(6, 2, 3, dtype=torch.float64), states_for(ours, 2, torch.float64)
     output, last = ours(x, hx, lengths=torch.tensor([0, 6], dtype=torch.int32))
     assert output[:, 0].abs().max() == 0
     for final, initial in zip(tensors(last), tensors(hx), strict=True):
         assert torch.equal(final[:, 0], initial[:, 0])
     alone = ours(x[:, 1:], hx=tuple(h[:, 1:] for h in hx) if isinstance(hx, tuple) else hx[:, 1:])
-    torch.testing.assert_close(output[:, 1:], alone[0])
+    assert_same(output[:, 1:], alone[0])
 
 
 @pytest.mark.parametrize("nonlinearity", [None, "tanh", "sigmoid"])
@@ -469,12 +476,12 @@ def test_resets_are_separate_episodes(nonlinearity: str | None, batch_first: boo
     for column, cuts in ((0, (0, 3, 4, 7)), (1, (0, 2, 7))):
         for start, end in itertools.pairwise(cuts):
             apart, last = ours(x[start:end, column])
-            torch.testing.assert_close(output[start:end, column], apart, rtol=1e-13, atol=1e-15)
+            assert_same(output[start:end, column], apart)
             for final, of_episode in zip(tensors(states), tensors(last), strict=True):
                 if end == 7:  # the forward direction ends in the last episode, the reverse in the first
-                    torch.testing.assert_close(final[0, column], of_episode[0], rtol=1e-13, atol=1e-15)
+                    assert_same(final[0, column], of_episode[0])
                 if start == 0:
-                    torch.testing.assert_close(final[1, column], of_episode[1], rtol=1e-13, atol=1e-15)
+                    assert_same(final[1, column], of_episode[1])
 
 
 def test_no_gradient_crosses_a_reset() -> None:
@@ -506,9 +513,9 @@ def test_reset_beside_a_packed_sequence_is_in_the_callers_order() -> None:
     reset = torch.rand(6, 4) < 0.3
     padded, states = ours(x, lengths=lengths, reset=reset)
     packed, packed_states = ours(pack_padded_sequence(x, lengths, enforce_sorted=False), reset=reset)
-    torch.testing.assert_close(pad_packed_sequence(packed)[0], padded, rtol=1e-13, atol=1e-15)
+    assert_same(pad_packed_sequence(packed)[0], padded)
     for one, other in zip(packed_states, states, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-13, atol=1e-15)
+        assert_same(one, other)
 
 
 # Cells
@@ -521,8 +528,10 @@ def test_cells_agree_with_torch(torch_class: type[nn.Module], bias: bool, dtype:
     theirs, ours = twins(torch_class, 3, 5, bias, dtype=dtype)
     x, h, c = (torch.randn(4, size, dtype=dtype, requires_grad=True) for size in (3, 5, 5))
     hx = (h, c) if torch_class is nn.LSTMCell else h
+    agreement = Agreement(dtype)
     for args in ((x,), (x, hx), (x[0].detach().requires_grad_(),)):
-        assert_twins_agree(theirs, ours, args, dtype)
+        agreement.add(theirs, ours, args)
+    agreement.check()
     assert tensors(ours(torch.zeros(0, 3, dtype=dtype)))[0].shape == (0, 5)
 
 
@@ -533,14 +542,14 @@ def test_a_cell_in_a_loop_is_the_layer() -> None:
     state = None
     for x_t, expected in zip(x, layer(x)[0], strict=True):
         state = cell(x_t, state)
-        torch.testing.assert_close(state[0], expected, rtol=1e-13, atol=1e-15)
+        assert_same(state[0], expected)
 
 
 def test_a_sigmoid_cell() -> None:
-    cell = fastseq.RNNCell(3, 5, nonlinearity="sigmoid")
-    x, h = torch.randn(2, 3), torch.randn(2, 5)
+    cell = fastseq.RNNCell(3, 5, nonlinearity="sigmoid", dtype=torch.float64)
+    x, h = torch.randn(2, 3, dtype=torch.float64), torch.randn(2, 5, dtype=torch.float64)
     z = nn.functional.linear(x, cell.weight_ih, cell.bias_ih) + nn.functional.linear(h, cell.weight_hh, cell.bias_hh)
-    torch.testing.assert_close(cell(x, h), z.sigmoid())
+    assert_same(cell(x, h), z.sigmoid())
 
 
 # Errors of forward
@@ -732,23 +741,24 @@ def test_autocast_gives_torchs_dtypes() -> None:
 def test_compiles_without_a_graph_break(torch_class: type[nn.Module], backend: str) -> None:
     torch._dynamo.reset()
     options = {"num_layers": 2, "bidirectional": True, "batch_first": True} if torch_class in LAYERS else {}
-    ours = TWINS[torch_class](3, 4, **options)
+    ours = TWINS[torch_class](3, 4, **options, dtype=torch.float64)
     compiled = torch.compile(ours, fullgraph=True, backend=backend)
-    x = torch.randn(*((2, 5, 3) if torch_class in LAYERS else (5, 3)), requires_grad=True)
-    for one, other in zip(run(ours, (x,)), run(ours, (x,), compiled), strict=True):
-        torch.testing.assert_close(one, other)
+    x = torch.randn((2, 5, 3) if torch_class in LAYERS else (5, 3), dtype=torch.float64, requires_grad=True)
+    assert_same(run(ours, (x,), compiled), run(ours, (x,)))
     if torch_class in LAYERS:
         lengths, reset = torch.tensor([3, 5]), torch.rand(2, 5) < 0.3
-        torch.testing.assert_close(compiled(x, lengths=lengths, reset=reset), ours(x, lengths=lengths, reset=reset))
+        assert_same(compiled(x, lengths=lengths, reset=reset), ours(x, lengths=lengths, reset=reset))
 
 
 def test_exports_with_dynamic_time_and_batch() -> None:
-    ours = fastseq.LSTM(3, 4, 2, bidirectional=True, batch_first=True).eval()
+    ours = fastseq.LSTM(3, 4, 2, bidirectional=True, batch_first=True, dtype=torch.float64).eval()
     dynamic = {"input": {0: torch.export.Dim("B"), 1: torch.export.Dim("T")}}
-    program = torch.export.export(ours, (torch.randn(2, 5, 3),), dynamic_shapes=dynamic, strict=False)
+    program = torch.export.export(
+        ours, (torch.randn(2, 5, 3, dtype=torch.float64),), dynamic_shapes=dynamic, strict=False
+    )
     for batch, steps in ((3, 7), (6, 4)):
-        x = torch.randn(batch, steps, 3)
-        torch.testing.assert_close(program.module()(x), ours(x))
+        x = torch.randn(batch, steps, 3, dtype=torch.float64)
+        assert_same(program.module()(x), ours(x))
 
 
 def test_ensembles_and_per_sample_gradients() -> None:
@@ -760,7 +770,7 @@ def test_ensembles_and_per_sample_gradients() -> None:
         return torch.func.functional_call(models[0], (params, buffers), (x,))[0]
 
     together = torch.func.vmap(output, in_dims=(0, 0, None))(params, buffers, x)
-    torch.testing.assert_close(together, torch.stack([model(x)[0] for model in models]), rtol=1e-13, atol=1e-15)
+    assert_same(together, torch.stack([model(x)[0] for model in models]))
 
     own = dict(models[0].named_parameters())
 
@@ -771,19 +781,19 @@ def test_ensembles_and_per_sample_gradients() -> None:
     for b in range(2):
         expected = torch.autograd.grad(loss(own, x[:, b]), list(own.values()))
         for got, truth in zip(samples.values(), expected, strict=True):
-            torch.testing.assert_close(got[b], truth, rtol=1e-12, atol=1e-14)
+            assert_same(got[b], truth)
 
 
 def test_compiles_with_dynamic_shapes_without_recompiling() -> None:
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-    ours = fastseq.LSTM(3, 4, 2, bidirectional=True)
+    ours = fastseq.LSTM(3, 4, 2, bidirectional=True, dtype=torch.float64)
     compiled = torch.compile(ours, fullgraph=True, backend=counter, dynamic=True)
-    compiled(torch.randn(5, 2, 3))
+    compiled(torch.randn(5, 2, 3, dtype=torch.float64))
     first = len(counter.graphs)
     for steps, batch in ((9, 3), (100, 4)):
-        x = torch.randn(steps, batch, 3)
-        torch.testing.assert_close(compiled(x), ours(x))
+        x = torch.randn(steps, batch, 3, dtype=torch.float64)
+        assert_same(compiled(x), ours(x))
     assert len(counter.graphs) == first
 
 
@@ -793,8 +803,7 @@ def test_compiles_around_a_packed_sequence() -> None:
     packed = packed_input("unsorted")
     output, states = torch.compile(ours, backend="aot_eager")(packed)
     expected, expected_states = ours(packed)
-    torch.testing.assert_close(output.data, expected.data)
-    torch.testing.assert_close(states, expected_states)
+    assert_same((output, states), (expected, expected_states))
 
 
 @pytest.mark.parametrize("torch_class", TWINS, ids=name_of)

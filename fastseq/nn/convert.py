@@ -90,8 +90,8 @@ def convert(module: nn.Module, *, keep_type: bool = False) -> nn.Module:
     that occurs in several places is swapped for one new module in all of them. Only registered submodules are found,
     not those kept in a plain list or in a closure.
 
-    Left alone, with one warning each that lists them: GRU modules, for which fastseq has no kernels, and subclasses that
-    define more than a constructor, since their changes would be lost.
+    Left alone, with one warning each that lists them: GRU modules, for which fastseq has no kernels, and subclasses
+    that define more than a constructor, since their changes would be lost.
 
     Args:
         module: the model; or an ``nn.LSTM`` (``nn.RNN``, cell) itself.
