@@ -21,7 +21,7 @@ def available() -> bool:
 
 def why_unavailable() -> str | None:
     """The reason why :func:`available` is False, or None."""
-    return None if available() else "the extension fastseq._cpu was not built: reinstall with a C++ compiler (g++) present"
+    return None if available() else "the extension fastseq._cpu was not built: reinstall with a C++ compiler present"
 
 
 def isa() -> str:

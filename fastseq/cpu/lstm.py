@@ -113,7 +113,7 @@ def lstm_bwd(
     *,
     overwrite: bool = False,
 ) -> tuple[Tensor, ...]:
-    """``(dx, dh0, dc0, dw_ih, dw_hh, db, dw_hr)``, empty where ``needs`` does not ask; ``overwrite`` reuses the memory of ``gates``."""
+    """``(dx, dh0, dc0, dw_ih, dw_hh, db, dw_hr)``, empty where not needed; ``overwrite`` reuses ``gates``."""
     sizes = _check(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, flags)
     steps, batch, _, hidden, outputs = sizes
     c_shape, gates_shape = tape_shapes(steps, batch, hidden)
@@ -141,10 +141,10 @@ def lstm_bwd(
     if batch == 0:
         return tuple(result.zero_() for result in results)
     dx, dh0, dc0, dw_ih, dw_hh, db, dw_hr = results
-    dgates = gates if overwrite else torch.empty_like(gates)
     # Names, so that the dense copies outlive the call.
     x, h0, c0, w_ih, w_hh = dense_rows(x), dense(h0), dense(c0), dense(w_ih), dense(w_hh)
     w_hr, flags, y, c, gates = dense(w_hr), dense(flags), dense(y), dense(c), dense(gates)
+    dgates = gates if overwrite else torch.empty_like(gates)
     grad_h_n, grad_c_n = dense(grad_h_n), dense(grad_c_n)
     grad_y = None if grad_y is None else dense_rows(grad_y)
     _cpu.lstm_backward(

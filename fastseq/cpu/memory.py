@@ -1,7 +1,7 @@
 """Tensors as the C++ kernels take them: checked sizes, addresses, strides.
 
-``torch.ops.fastseq.*`` can be called past the public functions' checks, so a launcher checks again what memory safety needs: every
-tensor is on the CPU and has the size and dtype that the kernel will assume.
+``torch.ops.fastseq.*`` can be called past the public functions' checks, so a launcher checks again what memory safety
+needs: every tensor is on the CPU and has the size and dtype that the kernel will assume.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def dense_rows(tensor: Tensor) -> Tensor:
 
 
 def address(tensor: Tensor | None) -> int:
-    """Where the numbers begin; 0 for None and for a tensor without elements, which stands for one that is not wanted."""
+    """Where the numbers begin; 0 for None and for an empty tensor, which stands for one not wanted."""
     return 0 if tensor is None or tensor.numel() == 0 else tensor.data_ptr()
 
 
@@ -63,7 +63,7 @@ def time_strides(tensor: Tensor | None) -> tuple[int, int]:
 
 
 def new_gradients(wanted: Iterable[tuple[object, Tensor | None]]) -> tuple[Tensor, ...]:
-    """Memory for the gradients of ``(wanted or not, tensor)`` rows; shape ``[0]`` for what is not wanted or not there."""
+    """Memory for the gradients of ``(wanted or not, tensor)`` rows; shape ``[0]`` for those not wanted or None."""
     rows = tuple(wanted)
     example = next(tensor for _, tensor in rows if tensor is not None)
     return tuple(example.new_empty(t.shape if want and t is not None else 0) for want, t in rows)

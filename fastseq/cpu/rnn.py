@@ -8,7 +8,7 @@ from torch import Tensor
 from fastseq.cpu.extension import _cpu
 from fastseq.cpu.memory import address, dense, dense_rows, expect, new_gradients, storage_of, time_strides
 from fastseq.ops.needs import NEEDS_STATE, NEEDS_WEIGHTS, NEEDS_X
-from fastseq.ops.tape import accumulate_dtype, elman_gates_shape
+from fastseq.ops.tape import accumulate_dtype, slopes_shape
 
 ACTIVATIONS = {"tanh": 0, "relu": 1, "sigmoid": 2}
 
@@ -53,13 +53,16 @@ def rnn_fwd(
     flags: Tensor | None,
     nonlinearity: str,
     reverse: bool,
-) -> tuple[Tensor, Tensor]:
-    """``(y, h_n)``; ``y`` is the whole tape."""
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``(y, h_n, slopes)``; the tape ``slopes`` is empty unless ``save``."""
     sizes = _check(x, h0, w_ih, w_hh, b_ih, b_hh, flags, nonlinearity)
     steps, batch, _, hidden, _ = sizes
     y, h_n = x.new_empty((steps, batch, hidden)), h0.new_empty(h0.shape)
+    shape = slopes_shape(steps, batch, hidden) if save else (0,)
+    slopes = x.new_empty(shape, dtype=accumulate_dtype(x.dtype))
     if batch == 0:
-        return y, h_n
+        return y, h_n, slopes
     # Names, so that the dense copies outlive the call.
     x, h0, w_ih, w_hh = dense_rows(x), dense(h0), dense(w_ih), dense(w_hh)
     b_ih, b_hh, flags = dense(b_ih), dense(b_hh), dense(flags)
@@ -82,10 +85,10 @@ def rnn_fwd(
         address(h_n),
         0,
         0,
-        0,
+        address(slopes),
         torch.get_num_threads(),
     )
-    return y, h_n
+    return y, h_n, slopes
 
 
 def rnn_bwd(
@@ -99,11 +102,14 @@ def rnn_bwd(
     b_hh: Tensor | None,
     flags: Tensor | None,
     y: Tensor,
+    slopes: Tensor,
     nonlinearity: str,
     reverse: bool,
     needs: int,
+    *,
+    overwrite: bool = False,
 ) -> tuple[Tensor, ...]:
-    """``(dx, dh0, dw_ih, dw_hh, db)``, empty where ``needs`` does not ask."""
+    """``(dx, dh0, dw_ih, dw_hh, db)``, empty where ``needs`` does not ask; ``overwrite`` reuses ``slopes``."""
     sizes = _check(x, h0, w_ih, w_hh, b_ih, b_hh, flags, nonlinearity)
     steps, batch, _, hidden, _ = sizes
     expect(
@@ -111,6 +117,7 @@ def rnn_bwd(
             ("grad_y", grad_y, (steps, batch, hidden), x.dtype),
             ("grad_h_n", grad_h_n, (batch, hidden), x.dtype),
             ("y", y, (steps, batch, hidden), x.dtype),
+            ("slopes", slopes, slopes_shape(steps, batch, hidden), accumulate_dtype(x.dtype)),
         )
     )
     results = new_gradients(
@@ -125,9 +132,9 @@ def rnn_bwd(
     if batch == 0:
         return tuple(result.zero_() for result in results)
     dx, dh0, dw_ih, dw_hh, db = results
-    dgates = x.new_empty(elman_gates_shape(steps, batch, hidden), dtype=accumulate_dtype(x.dtype))
     # Names, so that the dense copies outlive the call.
-    x, h0, w_ih, w_hh, y = dense_rows(x), dense(h0), dense(w_ih), dense(w_hh), dense(y)
+    x, h0, w_ih, w_hh, y, slopes = dense_rows(x), dense(h0), dense(w_ih), dense(w_hh), dense(y), dense(slopes)
+    dgates = slopes if overwrite else torch.empty_like(slopes)
     flags, grad_h_n = dense(flags), dense(grad_h_n)
     grad_y = None if grad_y is None else dense_rows(grad_y)
     _cpu.rnn_backward(
@@ -149,7 +156,7 @@ def rnn_bwd(
         reverse,
         address(y),
         0,
-        0,
+        address(slopes),
         address(dgates),
         address(dx),
         address(dh0),

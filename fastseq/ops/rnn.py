@@ -1,8 +1,8 @@
 """The operation rnn, one Elman layer in one direction over the whole sequence: checks, schema, fake, autograd, vmap.
 
 The kernels are :mod:`fastseq.reference.rnn` (every device) and :mod:`fastseq.cpu.rnn` (C++);
-``torch.ops.fastseq.rnn_fwd`` and ``rnn_bwd`` are the ops beneath. The tape is ``y``: the derivative of each
-nonlinearity is a function of its value.
+``torch.ops.fastseq.rnn_fwd`` and ``rnn_bwd`` are the ops beneath. Beside ``y`` the tape holds the slope of the
+nonlinearity at every step (see :mod:`fastseq.ops.tape`).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from fastseq.ops.checks import autocast_dtype, check_kinds, check_shapes, check_
 from fastseq.ops.dispatch import library, register_kernels
 from fastseq.ops.flags import step_flags
 from fastseq.ops.needs import NEEDS_STATE, NEEDS_WEIGHTS, NEEDS_X
+from fastseq.ops.tape import accumulate_dtype, slopes_shape
 from fastseq.reference.common import gradients
 from fastseq.reference.rnn import NONLINEARITIES
 from fastseq.reference.rnn import rnn_bwd as reference_bwd
@@ -26,15 +27,27 @@ from fastseq.reference.rnn import rnn_fwd as reference_fwd
 _INPUTS = "Tensor x, Tensor h0, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? flags"
 _TAGS = (torch.Tag.pt2_compliant_tag,)
 
-library.define(f"rnn_fwd({_INPUTS}, str nonlinearity, bool reverse) -> (Tensor y, Tensor h_n)", tags=_TAGS)
+_GRADS = "Tensor? grad_y, Tensor? grad_h_n"
+_RESULTS = "(Tensor dx, Tensor dh0, Tensor dw_ih, Tensor dw_hh, Tensor db)"
+
 library.define(
-    f"rnn_bwd(Tensor? grad_y, Tensor? grad_h_n, {_INPUTS}, Tensor y, str nonlinearity, bool reverse, int needs)"
-    " -> (Tensor dx, Tensor dh0, Tensor dw_ih, Tensor dw_hh, Tensor db)",
+    f"rnn_fwd({_INPUTS}, str nonlinearity, bool reverse, bool save) -> (Tensor y, Tensor h_n, Tensor slopes)",
+    tags=_TAGS,
+)
+library.define(
+    f"rnn_bwd({_GRADS}, {_INPUTS}, Tensor y, Tensor slopes, str nonlinearity, bool reverse, int needs) -> {_RESULTS}",
+    tags=_TAGS,
+)
+# The same, but free to overwrite the slopes with the gradients: for eager mode, when the graph is not kept.
+library.define(
+    f"rnn_bwd_({_GRADS}, {_INPUTS}, Tensor y, Tensor(a!) slopes, str nonlinearity, bool reverse, int needs)"
+    f" -> {_RESULTS}",
     tags=_TAGS,
 )
 
 _fwd = torch.ops.fastseq.rnn_fwd.default
 _bwd = torch.ops.fastseq.rnn_bwd.default
+_bwd_ = torch.ops.fastseq.rnn_bwd_.default
 
 
 def rnn(
@@ -88,7 +101,8 @@ def rnn(
     if lengths is not None or reset is not None:
         check_time(lengths, reset, x.shape[0], x.shape[1])
         flags = step_flags(lengths, reset, x.shape[0], x.shape[1], reverse, x.device)
-    return _fwd(x, h0, w_ih, w_hh, b_ih, b_hh, flags, nonlinearity, reverse)  # type: ignore[no-any-return]
+    y, h_n, _slopes = _fwd(x, h0, w_ih, w_hh, b_ih, b_hh, flags, nonlinearity, reverse, False)
+    return y, h_n
 
 
 def _check(x: Tensor, h0: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None) -> None:
@@ -118,19 +132,38 @@ def _check(x: Tensor, h0: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | Non
 # The kernels.
 
 
+def _overwriting_bwd(*args: Any) -> tuple[Tensor, ...]:
+    torch.autograd.graph.increment_version(args[10])
+    return kernels.rnn_bwd(*args, overwrite=True)
+
+
 register_kernels("rnn_fwd", reference_fwd, kernels.rnn_fwd)
 register_kernels("rnn_bwd", reference_bwd, kernels.rnn_bwd)
+register_kernels("rnn_bwd_", reference_bwd, _overwriting_bwd)
 
 
 # Shapes without data, for torch.compile and torch.export.
 
 
 @torch.library.register_fake("fastseq::rnn_fwd", lib=library)
-def _fake_fwd(x: Tensor, h0: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return x.new_empty((x.shape[0], x.shape[1], h0.shape[1])), x.new_empty(h0.shape)
+def _fake_fwd(
+    x: Tensor,
+    h0: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    flags: Tensor | None,
+    nonlinearity: str,
+    reverse: bool,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    steps, batch, hidden = x.shape[0], x.shape[1], h0.shape[1]
+    shape = slopes_shape(steps, batch, hidden) if save else (0,)
+    slopes = x.new_empty(shape, dtype=accumulate_dtype(x.dtype))
+    return x.new_empty((steps, batch, hidden)), x.new_empty(h0.shape), slopes
 
 
-@torch.library.register_fake("fastseq::rnn_bwd", lib=library)
 def _fake_bwd(
     grad_y: Tensor | None,
     grad_h_n: Tensor | None,
@@ -142,6 +175,7 @@ def _fake_bwd(
     b_hh: Tensor | None,
     flags: Tensor | None,
     y: Tensor,
+    slopes: Tensor,
     nonlinearity: str,
     reverse: bool,
     needs: int,
@@ -155,28 +189,39 @@ def _fake_bwd(
     )
 
 
+torch.library.register_fake("fastseq::rnn_bwd", _fake_bwd, lib=library)
+torch.library.register_fake("fastseq::rnn_bwd_", _fake_bwd, lib=library)
+
+
 # Autograd.
 
 
 class RNN(transforms.Function):
-    """``rnn_fwd`` with its backward."""
+    """``rnn_fwd`` with its backward. When the caller did not ask for the tape, it keeps one that nobody else sees."""
 
     @staticmethod
     def forward(ctx: Any, keyset: torch._C.DispatchKeySet, *args: Any) -> tuple[Tensor, ...]:
-        y, h_n = transforms.redispatch(_fwd, keyset, *args)
-        ctx.save_for_backward(*args[:7], y)
-        ctx.options = args[7:]
+        *inputs, nonlinearity, reverse, save = args
+        y, h_n, slopes = transforms.redispatch(_fwd, keyset, *inputs, nonlinearity, reverse, True)
+        ctx.save_for_backward(*inputs, y, slopes)
+        ctx.options = nonlinearity, reverse
+        ctx.private = not save
         ctx.set_materialize_grads(False)
-        return y, h_n
+        if not save:
+            slopes = slopes.new_empty(0)
+        ctx.mark_non_differentiable(slopes)
+        return y, h_n, slopes
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        grad_y, grad_h_n = grads
+        grad_y, grad_h_n = grads[:2]
         if grad_y is None and grad_h_n is None:
-            return (None,) * 10
+            return (None,) * 11
         _, need_x, need_h0, *need_weights = ctx.needs_input_grad[:7]
         needs = NEEDS_X * need_x | NEEDS_STATE * need_h0 | NEEDS_WEIGHTS * any(need_weights)
-        dx, dh0, dw_ih, dw_hh, db = _bwd(grad_y, grad_h_n, *ctx.saved_tensors, *ctx.options, needs)
+        saved = ctx.saved_tensors
+        bwd = _bwd_ if ctx.private and transforms.may_overwrite_tape(saved[-1], grad_y, grad_h_n) else _bwd
+        dx, dh0, dw_ih, dw_hh, db = bwd(grad_y, grad_h_n, *saved, *ctx.options, needs)
         need_w_ih, need_w_hh, need_b_ih, need_b_hh = need_weights
         return (
             None,
@@ -190,6 +235,7 @@ class RNN(transforms.Function):
             None,
             None,
             None,
+            None,
         )
 
 
@@ -199,8 +245,8 @@ class RNNBackward(transforms.Function):
     @staticmethod
     def forward(ctx: Any, keyset: torch._C.DispatchKeySet, *args: Any) -> tuple[Tensor, ...]:
         results: tuple[Tensor, ...] = transforms.redispatch(_bwd, keyset, *args)
-        ctx.save_for_backward(*args[:9])  # grad_y … flags: y is a function of these
-        ctx.options = args[10:]
+        ctx.save_for_backward(*args[:9])  # grad_y … flags: y and the tape are functions of these
+        ctx.options = args[11:]
         ctx.set_materialize_grads(False)
         return results
 
@@ -210,11 +256,11 @@ class RNNBackward(transforms.Function):
         asked = ctx.needs_input_grad[1:9]
 
         def bwd(*inputs: Any) -> tuple[Tensor, ...]:
-            args = [*inputs, flags, inputs[2], *ctx.options]  # anything for y, which is not used
+            args = [*inputs, flags, inputs[2], inputs[2], *ctx.options]  # anything for y and slopes: they are not used
             return reference_bwd(*args, differentiable=True)
 
         results = gradients(bwd, inputs, asked, grads, differentiable=True)
-        return (None, *(grad if need else None for grad, need in zip(results, asked, strict=True)), *(None,) * 5)
+        return (None, *(grad if need else None for grad, need in zip(results, asked, strict=True)), *(None,) * 6)
 
 
 def _autograd_fwd(keyset: torch._C.DispatchKeySet, *args: Any) -> tuple[Tensor, ...]:
@@ -231,15 +277,22 @@ def _autograd_bwd(keyset: torch._C.DispatchKeySet, *args: Any) -> tuple[Tensor, 
     return _bwd.redispatch(keyset & transforms.below_autograd, *args)  # type: ignore[no-any-return]
 
 
+def _autograd_bwd_(keyset: torch._C.DispatchKeySet, *args: Any) -> tuple[Tensor, ...]:
+    if torch.is_grad_enabled() and transforms.wants_gradient(*args):
+        raise RuntimeError("fastseq::rnn_bwd_ has no derivative: it overwrites its tape; use fastseq::rnn_bwd")
+    return _bwd_.redispatch(keyset & transforms.below_autograd, *args)  # type: ignore[no-any-return]
+
+
 library.impl("rnn_fwd", _autograd_fwd, "Autograd", with_keyset=True)
 library.impl("rnn_bwd", _autograd_bwd, "Autograd", with_keyset=True)
+library.impl("rnn_bwd_", _autograd_bwd_, "Autograd", with_keyset=True)
 
 
 # vmap: the mapped dimension becomes part of the batch, unless weights or their gradients differ along it.
 
 # The batch dimension of each tensor, in the order of the schemas; -1: a weight, which has none.
 _BATCH_INPUTS = (1, 0, -1, -1, -1, -1, 1)
-_BATCH_BWD = (1, 0, *_BATCH_INPUTS, 1)
+_BATCH_BWD = (1, 0, *_BATCH_INPUTS, 1, 1)
 
 
 @torch.library.register_vmap("fastseq::rnn_fwd", lib=library)
@@ -250,7 +303,7 @@ def _vmap_fwd(
     if any(dim is not None for dim in in_dims[2:6]):
         return transforms.one_by_one(_fwd, size, in_dims, args)
     results = _fwd(*transforms.fold_all(args, in_dims, size, _BATCH_INPUTS))
-    return transforms.unfold(results, size, (1, 0))
+    return transforms.unfold(results, size, (1, 0, 1))
 
 
 @torch.library.register_vmap("fastseq::rnn_bwd", lib=library)
@@ -258,7 +311,7 @@ def _vmap_bwd(
     info: Any, in_dims: tuple[int | None, ...], *args: Any
 ) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
     size = info.batch_size
-    if args[12] & NEEDS_WEIGHTS or any(dim is not None for dim in in_dims[4:8]):
+    if args[13] & NEEDS_WEIGHTS or any(dim is not None for dim in in_dims[4:8]):
         return transforms.one_by_one(_bwd, size, in_dims, args)
     results = _bwd(*transforms.fold_all(args, in_dims, size, _BATCH_BWD))
     return transforms.unfold(results, size, (1, 0, -1, -1, -1))

@@ -1,10 +1,15 @@
-"""What the forward of the LSTM leaves for its backward: the one place that knows the shapes and the dtype of that tape.
+"""What a forward leaves for its backward: the one place that knows the shapes and the dtype of that tape.
 
 The tape is opaque to everything but kernels and reference:
 
 - ``c [T, B, Hp]``, the cell state of every step;
 - ``gates [T, B, 4 Hp + 16]``, the gates after activation, gate ``g`` (order i, f, g, o) of unit ``u`` in column
   ``g * Hp + u``;
+
+or, of an Elman layer,
+
+- ``slopes [T, B, Hp + 16]``, the derivative f'(a_t) of the nonlinearity: made from a_t, since where f saturates its
+  value no longer tells the slope, least of all in half types;
 
 with Hp the hidden size rounded up to :data:`LANES`, so that a kernel works on whole vectors and never has a remainder
 loop. The columns beyond are finite but undefined. Both are in :func:`accumulate_dtype`.
@@ -33,6 +38,6 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def elman_gates_shape(steps: int, batch: int, hidden: int) -> tuple[int, int, int]:
-    """The shape of the one gate's gradients in an Elman layer's backward, which needs no tape but ``y``."""
+def slopes_shape(steps: int, batch: int, hidden: int) -> tuple[int, int, int]:
+    """The shape of an Elman layer's tape: f'(a_t) of unit ``u`` in column ``u``."""
     return steps, batch, padded(hidden) + LANES

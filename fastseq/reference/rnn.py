@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn.functional import linear, pad
 
 from fastseq.reference.common import accumulate_dtype, flag_masks, gradients, rounded, time_masks, without_autocast
 
 NONLINEARITIES = {"tanh": torch.tanh, "relu": torch.relu, "sigmoid": torch.sigmoid}
+# f' as a function of f
+_SLOPES = {"tanh": lambda f: 1 - f * f, "relu": lambda f: (f > 0).to(f.dtype), "sigmoid": lambda f: f * (1 - f)}
 
 
 def rnn(
@@ -35,7 +37,7 @@ def rnn(
     used again, and with it ``y``.
     """
     cut, padding = time_masks(lengths, reset, x.shape[0], reverse, x.device)
-    return _recurrence(x, h0, w_ih, w_hh, b_ih, b_hh, nonlinearity, reverse, cut, padding)
+    return _recurrence(x, h0, w_ih, w_hh, b_ih, b_hh, nonlinearity, reverse, cut, padding)[:2]
 
 
 def _recurrence(
@@ -49,7 +51,7 @@ def _recurrence(
     reverse: bool,
     cut: Tensor | None,  # [T, B]
     padding: Tensor | None,  # [T, B]
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     f = NONLINEARITIES[nonlinearity]
     dtype = x.dtype
     wide = accumulate_dtype(dtype)
@@ -57,18 +59,19 @@ def _recurrence(
         x, h, w_ih, w_hh = (v.to(wide) for v in (x, h0, w_ih, w_hh))
         b_ih, b_hh = (None if v is None else v.to(wide) for v in (b_ih, b_hh))
         steps = x.shape[0]
-        ys = [x] * steps  # every place is filled below, in either order
+        ys, values = [x] * steps, [x] * steps  # every place is filled below, in either order
         for t in reversed(range(steps)) if reverse else range(steps):
             if cut is not None:
                 h = torch.where(cut[t, :, None], 0.0, h)
-            h_t = rounded(f(linear(x[t], w_ih, b_ih) + linear(h, w_hh, b_hh)), dtype)  # [B, H]
+            value = f(linear(x[t], w_ih, b_ih) + linear(h, w_hh, b_hh))  # [B, H]
+            h_t = rounded(value, dtype)
             if padding is None:
                 h = y_t = h_t
             else:
                 h = torch.where(padding[t, :, None], h, h_t)
                 y_t = torch.where(padding[t, :, None], 0.0, h_t)
-            ys[t] = y_t
-        return torch.stack(ys).to(dtype), h.to(dtype)
+            ys[t], values[t] = y_t, value
+        return torch.stack(ys).to(dtype), h.to(dtype), torch.stack(values)
 
 
 def rnn_fwd(
@@ -81,11 +84,14 @@ def rnn_fwd(
     flags: Tensor | None,
     nonlinearity: str,
     reverse: bool,
-) -> tuple[Tensor, Tensor]:
-    """The kernel ``fastseq::rnn_fwd``: ``y, h_n``."""
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The kernel ``fastseq::rnn_fwd``: ``y, h_n``, and the tape ``slopes`` (see :mod:`fastseq.ops.tape`)."""
     cut, padding = flag_masks(flags)
-    y, h_n = _recurrence(x, h0, w_ih, w_hh, b_ih, b_hh, nonlinearity, reverse, cut, padding)
-    return y, h_n.contiguous()
+    y, h_n, values = _recurrence(x, h0, w_ih, w_hh, b_ih, b_hh, nonlinearity, reverse, cut, padding)
+    if not save:
+        return y, h_n.contiguous(), values.new_empty(0)
+    return y, h_n.contiguous(), pad(_SLOPES[nonlinearity](values), (0, -values.shape[-1] % 16 + 16))
 
 
 def rnn_bwd(
@@ -99,13 +105,14 @@ def rnn_bwd(
     b_hh: Tensor | None,
     flags: Tensor | None,
     y: Tensor,
+    slopes: Tensor,
     nonlinearity: str,
     reverse: bool,
     needs: int,
     *,
     differentiable: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The kernel ``fastseq::rnn_bwd``: ``dx, dh0, dw_ih, dw_hh, db``, by autograd, without the saved ``y``.
+    """The kernel ``fastseq::rnn_bwd``: ``dx, dh0, dw_ih, dw_hh, db``, by autograd, without ``y`` and the tape.
 
     ``needs`` is a mask: 1 asks for ``dx``, 2 for ``dh0``, 4 for the weights. What is not asked for or does not exist
     comes back with shape ``[0]``.
@@ -114,7 +121,7 @@ def rnn_bwd(
 
     def forward(x: Tensor, h0: Tensor, w_ih: Tensor, w_hh: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
         other = None if b_ih is None else b_hh
-        return _recurrence(x, h0, w_ih, w_hh, bias, other, nonlinearity, reverse, cut, padding)
+        return _recurrence(x, h0, w_ih, w_hh, bias, other, nonlinearity, reverse, cut, padding)[:2]
 
     bias = b_hh if b_ih is None else b_ih  # both have the same gradient
     weights = needs & 4
