@@ -65,7 +65,7 @@ class Problem:
         self.all = tuple(range(len(self.inputs)))
 
     def batched(self, which: str) -> tuple[list[Tensor], tuple[int | None, ...]]:
-        """Inputs with a new leading dimension of N on "x", the "states" (x too) or the "weights", and vmap's in_dims."""
+        """Inputs with a leading dimension of N on "x", the "states" (x too) or the "weights", and vmap's in_dims."""
         mapped = {"x": {0}, "states": set(range(self.states)), "weights": set(self.all[self.states :])}[which]
         inputs = [random(N, *v.shape, dtype=v.dtype) if k in mapped else v for k, v in enumerate(self.inputs)]
         return inputs, tuple(0 if k in mapped else None for k in self.all)
@@ -183,9 +183,10 @@ def test_two_backward_passes_over_a_kept_graph(problem: Problem) -> None:
         torch.autograd.grad(loss, leaves)
 
 
-def test_the_tape_is_overwritten_only_when_nobody_can_see_it(seed: int) -> None:
+def test_the_tape_is_overwritten_only_when_nobody_can_see_it(op: str, seed: int) -> None:
     calls: list[bool] = []
-    inputs = [value.requires_grad_() for value in lstm_inputs()]
+    problem = Problem(op)
+    inputs = [value.requires_grad_() for value in problem.inputs]
     asked = transforms.may_overwrite_tape
 
     def spy(*args: Any) -> bool:
@@ -194,19 +195,28 @@ def test_the_tape_is_overwritten_only_when_nobody_can_see_it(seed: int) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(transforms, "may_overwrite_tape", spy)
-        loss = lstm_loss(F.lstm)
-        torch.autograd.grad(loss(*inputs), inputs)
-        torch.autograd.grad(loss(*inputs), inputs, retain_graph=True)
-        torch.autograd.grad(loss(*inputs), inputs, create_graph=True)
-        grad(loss)(*inputs)
-        jacobian = torch.autograd.functional.jacobian
-        jacobian(lambda x: F.lstm(x, *inputs[1:7], w_hr=inputs[7])[0], inputs[0], vectorize=True)
+        torch.autograd.grad(problem.loss(*inputs), inputs)
+        torch.autograd.grad(problem.loss(*inputs), inputs, retain_graph=True)
+        torch.autograd.grad(problem.loss(*inputs), inputs, create_graph=True)
+        grad(problem.loss)(*inputs)
+        torch.autograd.grad(problem.loss(*inputs), inputs, torch.randn(N).to(inputs[0]), is_grads_batched=True)
     assert calls == [True, False, False, False, False]
+
     # A tape that the caller asked for stays as it was.
-    *_, gates = results = torch.ops.fastseq.lstm_fwd(*inputs, None, False, True)
-    before = gates.clone()
-    torch.autograd.grad(results[0].sum(), inputs)
-    assert torch.equal(gates[..., : 4 * 16], before[..., : 4 * 16])
+    options = ("tanh", False) if op == "rnn" else (False,)
+    y, *_, tape = getattr(torch.ops.fastseq, f"{op}_fwd")(*inputs, None, *options, True)
+    before = tape.clone()
+    torch.autograd.grad(y.sum(), inputs)
+    assert torch.equal(tape.nan_to_num(), before.nan_to_num())
+
+
+def test_gradients_that_arrive_in_a_batch(problem: Problem) -> None:
+    def run(loss: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+        leaves = [value.clone().requires_grad_() for value in problem.inputs]
+        arriving = torch.arange(1.0, 4.0, dtype=torch.float64)
+        return torch.autograd.grad(loss(*leaves), leaves, arriving, is_grads_batched=True)
+
+    transformed(problem, run)
 
 
 def test_gradients_of_the_two_biases_are_two_tensors(op: str, seed: int) -> None:
@@ -370,20 +380,18 @@ def test_opcheck(
         first = 5 if op == "lstm" else 4
         inputs[first] = inputs[first + 1] = None
     ops, opcheck = torch.ops.fastseq, torch.library.opcheck
-    if op == "rnn":
-        opcheck(ops.rnn_fwd.default, (*inputs, flags, "relu", True))
-        with torch.no_grad():
-            y, _ = ops.rnn_fwd(*inputs, flags, "relu", True)
-        opcheck(ops.rnn_bwd.default, (torch.randn_like(y), None, *inputs, flags, y, "relu", True, 7))
-        return
     # The tape has places that no one defines, so it can be compared only where it is all zeros there.
-    opcheck(ops.lstm_fwd.default, (*inputs, flags, False, implementation == "reference"))
+    save = implementation == "reference"
+    options = ("relu", True) if op == "rnn" else (False,)
+    fwd, bwd, bwd_ = (getattr(ops, f"{op}_{name}").default for name in ("fwd", "bwd", "bwd_"))
+    opcheck(fwd, (*inputs, flags, *options, save))
     with torch.no_grad():
-        y, _, c_n, c, gates = ops.lstm_fwd(*inputs, flags, False, True)
-    for name, needs in (("lstm_bwd", 7), ("lstm_bwd_", 2)):
-        if name == "lstm_bwd" or not requires_grad:  # the one that overwrites has no derivative
-            args = (torch.randn_like(y), None, torch.randn_like(c_n), *inputs, flags, y, c, gates, False, needs)
-            opcheck(getattr(ops, name).default, args)
+        y, _, *rest = fwd(*inputs, flags, *options, True)
+    grads = [torch.randn_like(y), None, *([torch.randn_like(rest[0])] if op == "lstm" else [])]
+    tape = rest[1:] if op == "lstm" else rest
+    opcheck(bwd, (*grads, *inputs, flags, y, *tape, *options, 7))
+    if not requires_grad:  # the one that overwrites has no derivative
+        opcheck(bwd_, (*grads, *inputs, flags, y, *tape, *options, 2))
 
 
 def compiled(function: Callable[..., Any], backend: str = "aot_eager", **options: Any) -> Callable[..., Any]:
