@@ -18,7 +18,7 @@ enum class ALayout { kRows, kColumns };  // A(r, k) at a[r * lda + k], or at a[k
 // multiple of the rounding error of a blocked sum. Weight gradients (kColumns) sum thousands of numbers of like sign,
 // for which the best block is about the cube root of twice their number.
 template <ALayout kLayout>
-constexpr int64_t kChain = kLayout == ALayout::kColumns ? 32 : 256;
+constexpr int64_t kChain = kLayout == ALayout::kColumns ? 32 : 128;
 
 // Chains that run side by side, since with few rows there are too few accumulators to hide the latency of an FMA. It
 // depends on the rows alone: the order of every sum must not change with the number of threads.
@@ -86,8 +86,10 @@ FASTSEQ_INLINE void multiply(Vec<Real> (&acc)[kRows][kVectors], const Real* pane
                              int64_t lda) {
   Vec<Real> total[kRows][kVectors];
   set_zero<Real>(total);
+  const int64_t blocks = K / kChain<kLayout> + (K % kChain<kLayout> != 0);
+  const int64_t block = (K / blocks + (K % blocks != 0) + kChains - 1) / kChains * kChains;
   for (int64_t k = 0;;) {
-    const int64_t length = K - k < kChain<kLayout> ? K - k : kChain<kLayout>;
+    const int64_t length = K - k < block ? K - k : block;
     multiply_chain<kRows, kVectors, kChains, kLayout, Real>(acc, panel + k * kVectors * kLanes<Real>, length,
                                                             kLayout == ALayout::kRows ? a + k : a + k * lda, lda);
     k += length;
@@ -99,7 +101,7 @@ FASTSEQ_INLINE void multiply(Vec<Real> (&acc)[kRows][kVectors], const Real* pane
       acc[r][v] = zero<Real>();
     }
   }
-  if (K > kChain<kLayout>) {
+  if (blocks > 1) {
     FASTSEQ_UNROLL
     for (int r = 0; r < kRows; ++r) FASTSEQ_UNROLL
     for (int v = 0; v < kVectors; ++v) acc[r][v] = acc[r][v] + total[r][v];
