@@ -20,7 +20,14 @@ STAMPS := $(VENV)/stamps
 SOURCES := pyproject.toml $(wildcard setup.py MANIFEST.in) $(shell find csrc -type f 2>/dev/null)
 CXX_SOURCES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.hpp' -o -name '*.inc')
 
-.PHONY: help install demo test test-full lint bench clean
+# The C++ self-test: the kernels without Python, for machines and instruction sets that the tests do not reach.
+SELFTEST := build/selftest
+KERNEL_SOURCES := csrc/tests/selftest.cpp $(wildcard csrc/cpu/*.cpp)
+KERNEL_FLAGS := -O3 -std=c++17 -ffp-contract=off -fopenmp -Wall -Wextra -Werror -Icsrc
+AVX2_FLAGS := -mavx2 -mfma -mf16c
+AVX512_FLAGS := $(AVX2_FLAGS) -mavx512f -mavx512dq -mavx512bw -mavx512vl
+
+.PHONY: help install demo test test-full lint bench selftest selftest-arm64 clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -44,6 +51,19 @@ lint: install  ## ruff, mypy and clang-format, changing nothing
 bench: install  ## time both libraries, store benchmarks/results/cpu.json and write the README's table from it
 	$(PY) -m fastseq bench --json benchmarks/results/cpu.json $(ARGS)
 	$(PY) -m benchmarks.table
+
+selftest:  ## the C++ kernels against plain loops, without Python (x86-64)
+	@mkdir -p $(SELFTEST)
+	$(CXX) $(KERNEL_FLAGS) -c csrc/cpu/isa/baseline.cpp -o $(SELFTEST)/baseline.o
+	$(CXX) $(KERNEL_FLAGS) $(AVX2_FLAGS) -c csrc/cpu/isa/avx2.cpp -o $(SELFTEST)/avx2.o
+	$(CXX) $(KERNEL_FLAGS) $(AVX512_FLAGS) -c csrc/cpu/isa/avx512.cpp -o $(SELFTEST)/avx512.o
+	$(CXX) $(KERNEL_FLAGS) $(KERNEL_SOURCES) $(SELFTEST)/*.o -o $(SELFTEST)/selftest
+	$(SELFTEST)/selftest $(ARGS)
+
+selftest-arm64:  ## the same for arm64: needs a cross compiler and qemu (Debian: g++-aarch64-linux-gnu qemu-user)
+	@mkdir -p $(SELFTEST)-arm64
+	aarch64-linux-gnu-g++ $(KERNEL_FLAGS) -static $(KERNEL_SOURCES) csrc/cpu/isa/neon.cpp -o $(SELFTEST)-arm64/selftest
+	qemu-aarch64 $(SELFTEST)-arm64/selftest $(ARGS)
 
 install: $(STAMPS)/package  ## .venv with the package in editable mode
 
