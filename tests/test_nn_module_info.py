@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from nn_support import TWINS, Agreement, assert_close, tensors
+from nn_support import TWINS, assert_close, assert_twins_agree, tensors
 from torch import nn
 from torch.testing._internal.common_modules import (
     ModuleErrorEnum,
@@ -47,11 +47,9 @@ def test_torch_has_samples_for_every_twin() -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("torch_class", TWINS, ids=lambda cls: cls.__name__)
 def test_outputs_and_gradients_of_every_sample(torch_class: type[nn.Module], dtype: torch.dtype) -> None:
-    agreement = Agreement(dtype)
     for sample in samples(torch_class, dtype):
         assert not sample.forward_input.kwargs
-        agreement.add(*pair(torch_class, sample, dtype), sample.forward_input.args)
-    agreement.check()
+        assert_twins_agree(*pair(torch_class, sample, dtype), sample.forward_input.args, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
@@ -61,14 +59,11 @@ def test_outputs_and_gradients_of_every_packed_sample(dtype: torch.dtype) -> Non
     )
     packed = [sample for sample in made if isinstance(sample.forward_input.args[0], nn.utils.rnn.PackedSequence)]
     assert len(packed) >= 32
-    rnn, lstm = Agreement(dtype), Agreement(dtype)
     for sample in packed:
-        rnn.add(*pair(nn.RNN, sample, dtype), sample.forward_input.args)
+        assert_twins_agree(*pair(nn.RNN, sample, dtype), sample.forward_input.args, dtype)
         # torch has no packed samples of its LSTM; these serve for it as well.
         sample.constructor_input.kwargs.pop("nonlinearity")
-        lstm.add(*pair(nn.LSTM, sample, dtype), sample.forward_input.args)
-    rnn.check()
-    lstm.check()
+        assert_twins_agree(*pair(nn.LSTM, sample, dtype), sample.forward_input.args, dtype)
 
 
 @pytest.mark.parametrize("torch_class", TWINS, ids=lambda cls: cls.__name__)

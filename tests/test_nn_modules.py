@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from nn_support import TWINS, Agreement, assert_close, assert_same, assert_twins_agree, run, tensors, twins
+from nn_support import TWINS, assert_agree, assert_close, assert_same, assert_twins_agree, run, tensors, twins
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence, pad_packed_sequence
 
@@ -275,10 +275,8 @@ def test_layers_agree_with_torch(torch_class: type[nn.Module], options: dict[str
     theirs, ours = twins(torch_class, 3, 5, **options, dtype=dtype)
     x = torch.randn(4, 7, 3, dtype=dtype, requires_grad=True)
     batch = 4 if ours.batch_first else 7
-    agreement = Agreement(dtype)
-    agreement.add(theirs, ours, (x,))
-    agreement.add(theirs, ours, (x, states_for(ours, batch, dtype)))
-    agreement.check()
+    assert_twins_agree(theirs, ours, (x,), dtype)
+    assert_twins_agree(theirs, ours, (x, states_for(ours, batch, dtype)), dtype)
 
 
 @pytest.mark.parametrize("torch_class", LAYERS, ids=name_of)
@@ -330,9 +328,8 @@ def test_unused_results_receive_no_gradient(torch_class: type[nn.Module], used: 
         states = states if isinstance(states, tuple) else (states,)
         return {"output": output, "h_n": states[0], "last": states[-1][-1]}[used]
 
-    results = [run(module, (x, h0), lambda *_, module=module: part(module)) for module in (theirs, ours)]
-    for truth, got in zip(*results, strict=True):
-        assert_close(got, truth, [truth], used)
+    truth, got = (run(module, (x, h0), lambda *_, module=module: part(module)) for module in (theirs, ours))
+    assert_agree(got, truth, [truth])
 
 
 # Dropout
@@ -418,9 +415,8 @@ def test_a_packed_sequence_of_which_only_some_results_are_used(torch_class: type
         lambda output, states: states[0] if isinstance(states, tuple) else states,
         lambda output, states: pad_packed_sequence(output)[0][1, 0],
     ):
-        results = [run(module, (packed,), lambda x, m=module, p=pick: p(*m(x))) for module in (theirs, ours)]
-        for truth, got in zip(*results, strict=True):
-            assert_close(got, truth, [truth], "packed")
+        truth, got = (run(module, (packed,), lambda x, m=module, p=pick: p(*m(x))) for module in (theirs, ours))
+        assert_agree(got, truth, [truth])
 
 
 # lengths and reset
@@ -442,8 +438,8 @@ def test_lengths_are_a_packed_sequence_without_packing(torch_class: type[nn.Modu
     def by_lengths(x: Tensor, hx: Any) -> Any:
         return ours(x, hx, lengths=lengths)
 
-    for truth, got in zip(run(theirs, (x, hx), by_packing), run(ours, (x, hx), by_lengths), strict=True):
-        assert_close(got, truth, [truth], "lengths")
+    truth, got = run(theirs, (x, hx), by_packing), run(ours, (x, hx), by_lengths)
+    assert_agree(got, truth, [truth])
 
 
 @pytest.mark.parametrize("torch_class", LAYERS, ids=name_of)
@@ -528,10 +524,8 @@ def test_cells_agree_with_torch(torch_class: type[nn.Module], bias: bool, dtype:
     theirs, ours = twins(torch_class, 3, 5, bias, dtype=dtype)
     x, h, c = (torch.randn(4, size, dtype=dtype, requires_grad=True) for size in (3, 5, 5))
     hx = (h, c) if torch_class is nn.LSTMCell else h
-    agreement = Agreement(dtype)
     for args in ((x,), (x, hx), (x[0].detach().requires_grad_(),)):
-        agreement.add(theirs, ours, args)
-    agreement.check()
+        assert_twins_agree(theirs, ours, args, dtype)
     assert tensors(ours(torch.zeros(0, 3, dtype=dtype)))[0].shape == (0, 5)
 
 
@@ -744,7 +738,8 @@ def test_compiles_without_a_graph_break(torch_class: type[nn.Module], backend: s
     ours = TWINS[torch_class](3, 4, **options, dtype=torch.float64)
     compiled = torch.compile(ours, fullgraph=True, backend=backend)
     x = torch.randn((2, 5, 3) if torch_class in LAYERS else (5, 3), dtype=torch.float64, requires_grad=True)
-    assert_same(run(ours, (x,), compiled), run(ours, (x,)))
+    eager = run(ours, (x,))
+    assert_agree(run(ours, (x,), compiled), eager, [eager])
     if torch_class in LAYERS:
         lengths, reset = torch.tensor([3, 5]), torch.rand(2, 5) < 0.3
         assert_same(compiled(x, lengths=lengths, reset=reset), ours(x, lengths=lengths, reset=reset))
