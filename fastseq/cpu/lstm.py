@@ -60,7 +60,7 @@ def lstm_fwd(
     steps, batch, _, hidden, outputs = sizes
     c_shape, gates_shape = tape_shapes(steps, batch, hidden) if save else ((0,), (0,))
     wide = accumulate_dtype(x.dtype)
-    y, h_n, c_n = x.new_empty((steps, batch, outputs)), torch.empty_like(h0), torch.empty_like(c0)
+    y, h_n, c_n = x.new_empty((steps, batch, outputs)), h0.new_empty(h0.shape), c0.new_empty(c0.shape)
     c, gates = x.new_empty(c_shape, dtype=wide), x.new_empty(gates_shape, dtype=wide)
     if batch == 0:
         return y, h_n, c_n, c, gates
