@@ -96,8 +96,8 @@ def assert_twins_agree(theirs: nn.Module, ours: nn.Module, args: Any, dtype: tor
 def assert_agree(got: Results, truth: Results, yardsticks: Sequence[Results]) -> None:
     """The rule of :mod:`fastseq.testing`, for each output and for the gradient.
 
-    The gradient is one vector, all leaves end to end. A leaf of two elements, behind saturated units or cancelling sums, has
-    a relative error of any size in any arithmetic, and taken alone its yardstick would be a matter of luck.
+    The gradient is one vector, leaves end to end. A leaf of two elements, behind saturated units or cancelling sums,
+    has a relative error of any size in any arithmetic; taken alone, its yardstick would be a matter of luck.
     """
     assert [(each.shape, each.dtype) for each in got.outputs + got.gradients] == [
         (each.shape, got.outputs[0].dtype) for each in truth.outputs + truth.gradients
