@@ -35,9 +35,9 @@ def test_outputs_and_gradients(case: Case, dtype: torch.dtype, backend: str, see
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("time", ["", "lengths", "reset", "lengths+reset"])
 @pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("P", [None, 1, 63])
-@pytest.mark.parametrize("H", [1, 63, 64, 65, 130])
-@pytest.mark.parametrize(("T", "B"), [(1, 1), (1, 65), (17, 1), (8, 63)])
+@pytest.mark.parametrize("P", [None, 63])
+@pytest.mark.parametrize("H", [1, 63, 65, 130])
+@pytest.mark.parametrize(("T", "B"), [(1, 65), (17, 1), (8, 63)])
 def test_every_combination(
     T: int, B: int, H: int, P: int | None, reverse: bool, time: str, dtype: torch.dtype, backend: str, seed: int
 ) -> None:

@@ -45,8 +45,8 @@ def test_outputs_and_gradients(index: int, case: Case, dtype: torch.dtype, backe
 @pytest.mark.parametrize("nonlinearity", NONLINEARITIES)
 @pytest.mark.parametrize("time", ["", "lengths", "reset", "lengths+reset"])
 @pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("H", [1, 63, 64, 65, 130])
-@pytest.mark.parametrize(("T", "B"), [(1, 1), (1, 65), (17, 1), (8, 63)])
+@pytest.mark.parametrize("H", [1, 65, 130])
+@pytest.mark.parametrize(("T", "B"), [(1, 65), (17, 1), (8, 63)])
 def test_every_combination(
     T: int, B: int, H: int, reverse: bool, time: str, nonlinearity: str, dtype: torch.dtype, backend: str, seed: int
 ) -> None:

@@ -87,9 +87,12 @@ def use(implementation: str) -> Iterator[None]:
         _forced = before
 
 
-def _warn_once(device: str, warned: set[str] = set()) -> None:  # noqa: B006 (the default is the memory)
-    if device not in warned:
-        warned.add(device)
+_warned: set[str] = set()
+
+
+def _warn_once(device: str) -> None:
+    if device not in _warned:
+        _warned.add(device)
         warnings.warn(
             f"fastseq has no kernels for {device} tensors yet: the plain PyTorch reference serves them, step by step",
             stacklevel=3,
