@@ -23,7 +23,14 @@ from torch import Tensor
 from fastseq import functional, reference
 from fastseq.ops import dispatch
 
-__all__ = ["Comparison", "assert_matches_reference", "compare", "implementations", "use_implementation"]
+__all__ = [
+    "Comparison",
+    "assert_matches_reference",
+    "compare",
+    "compare_tensor",
+    "implementations",
+    "use_implementation",
+]
 
 
 @dataclass(frozen=True)
@@ -114,8 +121,44 @@ def compare(
         with use_implementation(implementation):
             got.append(_results(entry.function, given, *options))
     return [
-        _compare(name, *(torch.stack([each[name] for each in one]) for one in (got, ref, truth))) for name in truth[0]
+        compare_tensor(name, *(torch.stack([each[name] for each in one]) for one in (got, ref, truth)))
+        for name in truth[0]
     ]
+
+
+def compare_tensor(name: str, got: Tensor, ref: Tensor, truth: Tensor) -> Comparison:
+    """Holds one tensor to the rule of this module; :func:`compare` does it for every tensor of an operation.
+
+    Several draws are judged together when they come stacked, in the same order in all three.
+
+    Args:
+        name: what the tensor is called in the :class:`Comparison`.
+        got: the tensor to judge, of any shape.
+        ref: the same from plain PyTorch in the same dtype, whose error is the yardstick. In float64 it is not read:
+            the bound is absolute there.
+        truth: the same in float64.
+
+    Returns:
+        Its largest error, the error that the rule allows, and whether it is kept. NaN and infinity break it; a tensor
+        without elements keeps it.
+
+    Raises:
+        AssertionError: the shape of ``got`` is not that of ``truth``, or its dtype not that of ``ref``.
+    """
+    if got.shape != truth.shape or got.dtype != ref.dtype:
+        raise AssertionError(
+            f"{name}: expected shape {list(truth.shape)} and {ref.dtype}, got {list(got.shape)} and {got.dtype}"
+        )
+    if truth.numel() == 0:
+        return Comparison(name, 0.0, 0.0, True)
+    limits = torch.finfo(got.dtype)
+    largest = truth.abs().max().item()
+    if got.dtype == torch.float64:
+        allowed = 64 * limits.eps * largest + limits.tiny
+    else:
+        allowed = 2 * ((ref.double() - truth).abs().max().item() + limits.eps * largest) + limits.tiny
+    error = (got.double() - truth).abs().max().item()
+    return Comparison(name, error, allowed, math.isfinite(error) and error <= allowed)
 
 
 def assert_matches_reference(
@@ -170,20 +213,3 @@ def _results(
         )
         results |= {f"d{name}": grad for name, grad in zip(asked, found, strict=True)}
     return results
-
-
-def _compare(name: str, got: Tensor, ref: Tensor, truth: Tensor) -> Comparison:
-    if got.shape != truth.shape or got.dtype != ref.dtype:
-        raise AssertionError(
-            f"{name}: expected shape {list(truth.shape)} and {ref.dtype}, got {list(got.shape)} and {got.dtype}"
-        )
-    if truth.numel() == 0:
-        return Comparison(name, 0.0, 0.0, True)
-    limits = torch.finfo(got.dtype)
-    largest = truth.abs().max().item()
-    if got.dtype == torch.float64:
-        allowed = 64 * limits.eps * largest + limits.tiny
-    else:
-        allowed = 2 * ((ref.double() - truth).abs().max().item() + limits.eps * largest) + limits.tiny
-    error = (got.double() - truth).abs().max().item()
-    return Comparison(name, error, allowed, math.isfinite(error) and error <= allowed)

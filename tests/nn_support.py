@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 import fastseq
-from fastseq.testing import _compare
+from fastseq.testing import compare_tensor
 
 TWINS: dict[type[nn.Module], type[nn.Module]] = {
     nn.LSTM: fastseq.LSTM,
@@ -115,7 +115,7 @@ def assert_close(got: Tensor, truth: Tensor, references: Sequence[Tensor], what:
     if truth.numel() == 0:
         return
     yardstick = max(references, key=lambda reference: (reference.double() - truth).abs().max().item())
-    comparison = _compare(what, got, yardstick, truth)
+    comparison = compare_tensor(what, got, yardstick, truth)
     assert comparison.ok, str(comparison)
 
 

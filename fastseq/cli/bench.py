@@ -153,7 +153,7 @@ class Pair:
         for name, got, reference, truth in zip(
             names, self.training(self.ours), self.training(self.peer), truths, strict=True
         ):
-            found = testing._compare(name, got, reference, truth)
+            found = testing.compare_tensor(name, got, reference, truth)
             if not found.ok:
                 raise Mismatch(
                     f"{self.case.kind} {self.case.shape}: {name}: error {found.error:.2e}, allowed {found.allowed:.2e}"

@@ -194,7 +194,7 @@ def agreement(converted: Trainer, baseline: Trainer, truth: Trainer) -> Agreemen
     steps = len(truth.losses)
     exact = torch.tensor(truth.losses, dtype=torch.float64)
     ours, theirs = (torch.tensor(trainer.losses[:steps], dtype=torch.float32) for trainer in (converted, baseline))
-    found = testing._compare("loss", ours, theirs, exact)
+    found = testing.compare_tensor("loss", ours, theirs, exact)
     difference, torch_error = ((theirs.double() - other).abs().max().item() for other in (ours.double(), exact))
     return Agreement(steps, difference, found.error, torch_error, found.allowed, found.ok)
 
