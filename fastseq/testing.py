@@ -98,7 +98,7 @@ def compare(
         implementation: one of :func:`implementations`.
         dtype: floating inputs are rounded to it first (default: left as they are). The truth starts from the rounded
             values.
-        grads: whether to compare gradients too. The gradients that arrive at the outputs are drawn at random.
+        grads: whether to compare gradients too. The gradients that arrive are drawn from (-1, 1).
         used: the outputs at which a gradient arrives (default: all), as ``{"y"}``. At the others none does.
         seed: of those random gradients.
 
@@ -201,7 +201,7 @@ def _results(
     if used:
         generator = torch.Generator().manual_seed(seed)
         arriving = {
-            name: torch.randn(value.shape, generator=generator, dtype=torch.float64).to(dtype)
+            name: (2 * torch.rand(value.shape, generator=generator, dtype=torch.float64) - 1).to(dtype)
             for name, value in values.items()
         }
         asked = {name: leaf for name, leaf in leaves.items() if _differentiable(leaf)}
