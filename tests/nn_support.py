@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,14 +20,23 @@ TWINS: dict[type[nn.Module], type[nn.Module]] = {
     nn.RNNCell: fastseq.RNNCell,
 }
 
+# A tensor is judged over at least so many draws, and over so many numbers in all of them together.
+DRAWS, NUMBERS = 8, 64
+
+# torch's module, fastseq's with the same weights, and the arguments that both are called with.
+Draw = tuple[nn.Module, nn.Module, tuple[Any, ...]]
+
 
 def twins(torch_class: type[nn.Module], *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-    """torch's module and fastseq's, from the same seed; their equality is a test of its own."""
-    made = []
-    for cls in (torch_class, TWINS[torch_class]):
-        torch.manual_seed(3)
-        made.append(cls(*args, **kwargs))
-    return made[0], made[1]
+    """torch's module with new random weights, and fastseq's with the same."""
+    theirs, ours = torch_class(*args, **kwargs), TWINS[torch_class](*args, **kwargs)
+    ours.load_state_dict(theirs.state_dict())
+    return theirs, ours
+
+
+def uniform(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Random numbers from (-1, 1), with gradient. Bounded: an outlier now and then would decide a whole test."""
+    return (2 * torch.rand(shape, dtype=torch.float64) - 1).to(dtype).requires_grad_()
 
 
 def tensors(value: Any) -> list[Tensor]:
@@ -53,74 +61,77 @@ def to_dtype(value: Any, dtype: torch.dtype) -> Any:
     return value
 
 
-@dataclass(frozen=True)
-class Results:
-    """What one call gave: its outputs, and the gradients of one loss with respect to inputs and parameters."""
+def run(module: nn.Module, args: tuple[Any, ...], call: Callable[..., Any] | None = None) -> dict[str, Tensor]:
+    """Outputs of ``call(module, *args)``, and the gradients of one loss by arguments and parameters, by name.
 
-    outputs: list[Tensor]
-    gradients: list[Tensor]
-
-
-def run(module: nn.Module, args: Any, call: Callable[..., Any] | None = None) -> Results:
-    """Calls the module (or call) on args and differentiates; a leaf that received no gradient shows zeros."""
-    outputs = tensors((module if call is None else call)(*args))
-    leaves = [leaf for leaf in tensors(args) if leaf.requires_grad] + list(module.parameters())
+    A leaf that received no gradient shows zeros.
+    """
+    outputs = {
+        f"output {index}": each for index, each in enumerate(tensors((call or nn.Module.__call__)(module, *args)))
+    }
+    leaves = {f"argument {index}": leaf for index, leaf in enumerate(tensors(args)) if leaf.requires_grad}
+    leaves |= dict(module.named_parameters())
+    used = [output for output in outputs.values() if output.numel()]
     generator = torch.Generator().manual_seed(5)
-    # Weights that differ by element, so that no error hides in a sum; small integers, exact in every dtype.
-    loss = sum(
-        (output * torch.randint(1, 17, output.shape, generator=generator).to(output.dtype)).sum()
-        for output in outputs
-        if output.numel()
-    )
-    found = torch.autograd.grad(loss, leaves, allow_unused=True)
-    gradients = [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(leaves, found, strict=True)]
-    return Results([output.detach() for output in outputs], gradients)
+    # Numbers that differ, so that no error hides in a sum; small integers, exact in every dtype.
+    arriving = [torch.randint(1, 17, output.shape, generator=generator).to(output.dtype) for output in used]
+    found = torch.autograd.grad(used, list(leaves.values()), arriving, materialize_grads=True)
+    results = {name: output.detach() for name, output in outputs.items()}
+    return results | {f"gradient of {name}": grad for name, grad in zip(leaves, found, strict=True)}
 
 
-def assert_twins_agree(theirs: nn.Module, ours: nn.Module, args: Any, dtype: torch.dtype, seed: int = 11) -> None:
-    """Outputs and gradients of ours in dtype, against torch's module in float64.
+def assert_twins_agree(
+    draw: Callable[[], Draw],
+    dtype: torch.dtype,
+    *,
+    their_call: Callable[..., Any] | None = None,
+    our_call: Callable[..., Any] | None = None,
+) -> None:
+    """Holds each output and gradient of fastseq's module in dtype, by itself, to the rule of :mod:`fastseq.testing`.
 
-    The yardstick of the tolerance rule is torch's module in dtype, or the reference in dtype if it is less exact.
+    The truth is torch's module in float64. A tensor is judged over several draws put together, at least
+    :data:`DRAWS` and so many that it has :data:`NUMBERS` elements: one of a few numbers may be right by luck in the
+    reference, and luck is no standard.
+
+    Args:
+        draw: makes modules and arguments, in dtype, from torch's generator; the same each time but for the numbers.
+        dtype: of ours, and of the reference that is its yardstick.
+        their_call: what is compared, as ``their_call(module, *args)``; by default the call of the module.
+        our_call: likewise for ours.
     """
-
-    def results(module: nn.Module, dtype: torch.dtype) -> Results:
-        torch.manual_seed(seed)  # for dropout
-        return run(copy.deepcopy(module).to(dtype), to_dtype(args, dtype))
-
-    truth, got = results(theirs, torch.float64), results(ours, dtype)
-    with fastseq.testing.use_implementation("reference"):
-        yardsticks = [results(theirs, dtype), results(ours, dtype)]
-    assert_agree(got, truth, yardsticks)
-
-
-def assert_agree(got: Results, truth: Results, yardsticks: Sequence[Results]) -> None:
-    """The rule of :mod:`fastseq.testing`, for each output and for the gradient.
-
-    The gradient is one vector, leaves end to end. A leaf of two elements, behind saturated units or cancelling sums,
-    has a relative error of any size in any arithmetic; taken alone, its yardstick would be a matter of luck.
-    """
-    assert [(each.shape, each.dtype) for each in got.outputs + got.gradients] == [
-        (each.shape, got.outputs[0].dtype) for each in truth.outputs + truth.gradients
-    ]
-    for index, output in enumerate(got.outputs):
-        assert_close(output, truth.outputs[index], [each.outputs[index] for each in yardsticks], f"output {index}")
-    vector, expected, *references = (
-        torch.cat([gradient.flatten() for gradient in each.gradients]) for each in (got, truth, *yardsticks)
-    )
-    assert_close(vector, expected, references, "gradient")
+    got: list[dict[str, Tensor]] = []
+    ref: list[dict[str, Tensor]] = []
+    truth: list[dict[str, Tensor]] = []
+    while len(truth) < DRAWS or len(truth) * min(each.numel() for each in truth[0].values()) < NUMBERS:
+        theirs, ours, args = draw()
+        wide = copy.deepcopy(theirs).double(), to_dtype(args, torch.float64)
+        seed = len(truth)
+        truth.append(_run_from(seed, *wide, their_call))
+        got.append(_run_from(seed, ours, to_dtype(args, dtype), our_call))
+        if dtype == torch.float64:  # where the rule needs no yardstick
+            ref.append(truth[-1])
+        else:
+            with fastseq.testing.use_implementation("reference"):
+                ref.append(_run_from(seed, ours, to_dtype(args, dtype), our_call))
+    for name in truth[0]:
+        assert_close(name, *(torch.stack([each[name] for each in side]) for side in (got, ref, truth)))
 
 
-def assert_close(got: Tensor, truth: Tensor, references: Sequence[Tensor], what: str) -> None:
-    """The rule of :mod:`fastseq.testing`, with the least exact of the references as the yardstick."""
-    if truth.numel() == 0:
-        return
-    yardstick = max(references, key=lambda reference: (reference.double() - truth).abs().max().item())
-    comparison = compare_tensor(what, got, yardstick, truth)
+def _run_from(seed: int, *args: Any) -> dict[str, Tensor]:
+    """:func:`run`, under a seed of its own for dropout."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return run(*args)
+
+
+def assert_close(name: str, got: Tensor, ref: Tensor, truth: Tensor) -> None:
+    """The rule of :mod:`fastseq.testing` for one tensor."""
+    comparison = compare_tensor(name, got, ref, truth)
     assert comparison.ok, str(comparison)
 
 
 def assert_same(got: Any, expected: Any) -> None:
     """Equal but for rounding, in float64: what is compared is the same arithmetic, done in another layout or batch."""
-    for one, other in zip(tensors(got), tensors(expected), strict=True):
-        assert one.dtype == other.dtype == torch.float64
-        torch.testing.assert_close(one, other, rtol=1e-13, atol=1e-14)
+    for index, (one, other) in enumerate(zip(tensors(got), tensors(expected), strict=True)):
+        assert other.dtype == torch.float64
+        assert_close(f"tensor {index}", one, other, other)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import re
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from nn_support import TWINS, assert_close, assert_twins_agree, tensors
+from nn_support import TWINS, Draw, assert_same, assert_twins_agree, tensors, twins
 from torch import nn
 from torch.testing._internal.common_modules import (
     ModuleErrorEnum,
@@ -16,11 +19,15 @@ from torch.testing._internal.common_modules import (
 )
 
 INFOS = {info.module_cls: info for info in module_db if info.module_cls in TWINS}
-PACKED = "packed"
+
+
+@pytest.fixture(autouse=True)
+def from_one_seed(request: pytest.FixtureRequest) -> None:
+    torch.manual_seed(request.config.getoption("--seed") or 0)
 
 
 def samples(torch_class: type[nn.Module], dtype: torch.dtype, training: bool = True) -> list[Any]:
-    torch.manual_seed(0)
+    """PyTorch's samples; called again, the same ones with other numbers."""
     return list(
         INFOS[torch_class].module_inputs_func(
             INFOS[torch_class], device="cpu", dtype=dtype, requires_grad=True, training=training
@@ -28,14 +35,35 @@ def samples(torch_class: type[nn.Module], dtype: torch.dtype, training: bool = T
     )
 
 
+def packed_samples(dtype: torch.dtype) -> list[Any]:
+    """PyTorch's samples of packed sequences, likewise. They are its RNN's."""
+    made = module_inputs_torch_nn_RNN_GRU(
+        INFOS[nn.RNN], "cpu", dtype, requires_grad=True, training=True, with_packed_sequence=True, is_rnn=True
+    )
+    return [sample for sample in made if isinstance(sample.forward_input.args[0], nn.utils.rnn.PackedSequence)]
+
+
 def pair(torch_class: type[nn.Module], sample: Any, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
-    """Both modules from the sample's constructor arguments, fastseq's loaded from torch's state_dict."""
+    """Both modules from the sample's constructor arguments, with the same weights."""
     made = sample.constructor_input
-    torch.manual_seed(1)
-    theirs = torch_class(*made.args, **made.kwargs).to(dtype)
-    ours = TWINS[torch_class](*made.args, **made.kwargs).to(dtype)
-    ours.load_state_dict(theirs.state_dict())
-    return theirs, ours
+    return twins(torch_class, *made.args, **{**made.kwargs, "dtype": dtype})
+
+
+def assert_samples_agree(torch_class: type[nn.Module], make: Callable[[], list[Any]], dtype: torch.dtype) -> None:
+    """Each sample that make gives, over as many draws as it takes: the samples at its place in further lists."""
+    lists = [make()]
+
+    def draw(index: int, turns: Iterator[int]) -> Draw:
+        turn = next(turns)
+        if turn == len(lists):
+            lists.append(make())
+        sample, first = lists[turn][index], lists[0][index]
+        assert sample.constructor_input.kwargs == first.constructor_input.kwargs
+        assert not sample.forward_input.kwargs
+        return *pair(torch_class, sample, dtype), sample.forward_input.args
+
+    for index in range(len(lists[0])):
+        assert_twins_agree(partial(draw, index, itertools.count()), dtype)
 
 
 def test_torch_has_samples_for_every_twin() -> None:
@@ -47,23 +75,20 @@ def test_torch_has_samples_for_every_twin() -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("torch_class", TWINS, ids=lambda cls: cls.__name__)
 def test_outputs_and_gradients_of_every_sample(torch_class: type[nn.Module], dtype: torch.dtype) -> None:
-    for sample in samples(torch_class, dtype):
-        assert not sample.forward_input.kwargs
-        assert_twins_agree(*pair(torch_class, sample, dtype), sample.forward_input.args, dtype)
+    assert_samples_agree(torch_class, lambda: samples(torch_class, dtype), dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_outputs_and_gradients_of_every_packed_sample(dtype: torch.dtype) -> None:
-    made = module_inputs_torch_nn_RNN_GRU(
-        INFOS[nn.RNN], "cpu", dtype, requires_grad=True, training=True, with_packed_sequence=True, is_rnn=True
-    )
-    packed = [sample for sample in made if isinstance(sample.forward_input.args[0], nn.utils.rnn.PackedSequence)]
-    assert len(packed) >= 32
-    for sample in packed:
-        assert_twins_agree(*pair(nn.RNN, sample, dtype), sample.forward_input.args, dtype)
-        # torch has no packed samples of its LSTM; these serve for it as well.
-        sample.constructor_input.kwargs.pop("nonlinearity")
-        assert_twins_agree(*pair(nn.LSTM, sample, dtype), sample.forward_input.args, dtype)
+@pytest.mark.parametrize("torch_class", [nn.LSTM, nn.RNN], ids=lambda cls: cls.__name__)
+def test_outputs_and_gradients_of_every_packed_sample(torch_class: type[nn.Module], dtype: torch.dtype) -> None:
+    def make() -> list[Any]:
+        packed = packed_samples(dtype)
+        if torch_class is nn.LSTM:  # PyTorch has none for it; those of the RNN serve, one half of them
+            packed = [each for each in packed if each.constructor_input.kwargs.pop("nonlinearity") == "tanh"]
+        return packed
+
+    assert len(make()) >= (32 if torch_class is nn.RNN else 16)
+    assert_samples_agree(torch_class, make, dtype)
 
 
 @pytest.mark.parametrize("torch_class", TWINS, ids=lambda cls: cls.__name__)
@@ -83,14 +108,12 @@ def test_train_and_eval_without_gradients(torch_class: type[nn.Module], training
         theirs, ours = (module.train(training) for module in pair(torch_class, sample, torch.float64))
         with torch.no_grad():
             expected, got = (tensors(module(*sample.forward_input.args)) for module in (theirs, ours))
-        for one, other in zip(got, expected, strict=True):
-            assert_close(one, other, [other], torch_class.__name__)
+        assert_same(got, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("torch_class", TWINS, ids=lambda cls: cls.__name__)
 def test_every_error_sample_raises_what_torch_raises(torch_class: type[nn.Module], dtype: torch.dtype) -> None:
-    torch.manual_seed(0)
     info = INFOS[torch_class]
     errors = list(info.module_error_inputs_func(info, device="cpu", dtype=dtype, requires_grad=True, training=True))
     assert len(errors) >= 4
