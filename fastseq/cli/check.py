@@ -56,26 +56,36 @@ class Outcome:
     failures: list[str] = field(default_factory=list)
 
 
-def cases(op: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Name and float64 inputs of each case: plain, odd sizes, one step, one unit, no bias, reverse, lengths, resets."""
+# A case is judged over several draws together, so many that its states have NUMBERS elements: a tensor of a few may be
+# right by luck in the reference, and luck is no standard.
+DRAWS, NUMBERS = 4, 256
+
+
+def cases(op: str) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """Name and draws of float64 inputs of each case: plain, odd sizes, one step, one unit, no bias, lengths, resets, …
+
+    Weights are drawn as ``torch.nn`` initialises them.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64)
+        return torch.rand(shape, generator=generator, dtype=torch.float64) * 2 - 1
 
-    def inputs(
-        T: int, B: int, I: int, H: int, bias: bool = True, P: int | None = None, **options: Any
-    ) -> dict[str, Any]:
+    def inputs(T: int, B: int, I: int, H: int, **options: Any) -> list[dict[str, Any]]:
+        return [one(T, B, I, H, **options) for _ in range(max(DRAWS, NUMBERS // (B * H)))]
+
+    def one(T: int, B: int, I: int, H: int, bias: bool = True, P: int | None = None, **options: Any) -> dict[str, Any]:
         gates = 4 if op == "lstm" else 1
         out = P or H
         made: dict[str, Any] = {"x": random(T, B, I), "h0": random(B, out)}
         if op == "lstm":
             made["c0"] = random(B, H)
-        made |= {"w_ih": random(gates * H, I) * I**-0.5, "w_hh": random(gates * H, out) * out**-0.5}
+        bound = H**-0.5
+        made |= {"w_ih": random(gates * H, I) * bound, "w_hh": random(gates * H, out) * bound}
         if bias:
-            made |= {"b_ih": random(gates * H), "b_hh": random(gates * H)}
+            made |= {"b_ih": random(gates * H) * bound, "b_hh": random(gates * H) * bound}
         if P is not None:
-            made["w_hr"] = random(P, H) * H**-0.5
+            made["w_hr"] = random(P, H) * bound
         return made | options
 
     lengths = torch.tensor([9, 0, 4, 1, 7])

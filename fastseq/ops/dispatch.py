@@ -57,7 +57,9 @@ def serving(op: str, device: str = "cpu") -> tuple[str, str]:
     if _forced is not None:
         return _choose(device), "forced"
     reason = why_not("cpp", device)
-    return ("cpp", f"C++ kernels, {cpu.isa()}") if reason is None else ("reference", reason)
+    if reason is None:
+        return "cpp", f"C++ kernels, {cpu.isa()}"
+    return "reference", reason if device == "cpu" else f"{reason}; plain layers use torch's own path"
 
 
 def _choose(device: str) -> str:
