@@ -250,7 +250,8 @@ def test_an_implementation_that_cannot_serve_raises() -> None:
 
 def test_serving_says_what_and_why() -> None:
     assert dispatch.serving("lstm")[0] == "cpp"
-    assert dispatch.serving("lstm", "cuda") == ("reference", "the C++ kernels serve CPU tensors only, not cuda")
+    why = "the C++ kernels serve CPU tensors only, not cuda; plain layers use torch's own path"
+    assert dispatch.serving("lstm", "cuda") == ("reference", why)
     with use_implementation("reference"):
         assert dispatch.serving("lstm") == ("reference", "forced")
     with use_implementation("cpp"), pytest.raises(RuntimeError, match="serve CPU tensors only, not cuda"):
