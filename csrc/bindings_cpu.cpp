@@ -11,6 +11,7 @@
 
 #include "cpu/params.h"
 #include "cpu/select.h"
+#include "cpu/workspace.h"
 
 namespace py = pybind11;
 
@@ -130,6 +131,15 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("isas", &names);
   m.def("use_isa", &use_kernels);
   m.def("openmp_threads", &omp_get_max_threads);
+  py::class_<Workspace>(m, "Block", py::buffer_protocol(),
+                        "Memory from the pool, back to it when nothing refers to it.")
+      .def(py::init<std::size_t>())
+      .def_buffer([](Workspace& block) {
+        return py::buffer_info(block.data(), static_cast<py::ssize_t>(block.size()), /*readonly=*/false);
+      });
+  m.def("idle_bytes", &idle_bytes);
+  m.def("release_idle", &release_idle);
+  m.def("advise_huge_pages", [](Address address, std::size_t bytes) { advise_huge_pages(pointer(address), bytes); });
   m.def("lstm_forward", bind<&KernelTable::lstm_forward>(&forward_params, &check_lstm_forward));
   m.def("lstm_backward", bind<&KernelTable::lstm_backward>(&backward_params, &check_lstm_backward));
   m.def("rnn_forward", bind<&KernelTable::rnn_forward>(&forward_params, &check_rnn_forward));

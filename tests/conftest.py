@@ -79,6 +79,7 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
         (torch, "empty"),
         (torch, "empty_like"),
         (torch, "empty_strided"),
+        (torch, "frombuffer"),
         (torch.Tensor, "new_empty"),
         (torch.Tensor, "new_empty_strided"),
     ):

@@ -2,7 +2,7 @@
 // place, tanh one.
 //
 // Both rest on exp by range reduction: exp(x) = 2^n exp(r), n = round(x / ln 2), |r| <= ln(2)/2, with ln 2 in two
-// parts (Cody and Waite 1980) and exp(r) - 1 by a polynomial. tanh(x) is 1 - 2 / (exp(2x) + 1), whose small second term
+// parts (Cody and Waite 1980) and exp(r) by a polynomial. tanh(x) is 1 - 2 / (exp(2x) + 1), whose small second term
 // brings little error, and near zero, where that would cancel, x + x^3 P(x^2). Arguments are clamped where the result
 // no longer changes; a NaN stays a NaN.
 #pragma once
@@ -20,8 +20,7 @@ struct ExpConstants<float> {
   static constexpr float kLog2e = 1.44269504088896341f;
   static constexpr float kLn2High = 0.693359375f;
   static constexpr float kLn2Low = -2.12194440e-4f;
-  static constexpr float kRoundMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-  static constexpr int kExponentBias = 127;
+  static constexpr float kRoundMagic = 12582912.0f + 127;  // 1.5 * 2^23 + the bias: adding it rounds to an integer
   static constexpr int kMantissaBits = 23;
   static constexpr float kLogisticLimit = 87.0f;
   static constexpr float kTanhLimit = 9.5f;
@@ -31,21 +30,22 @@ struct ExpConstants<double> {
   static constexpr double kLog2e = 1.44269504088896340736;
   static constexpr double kLn2High = 6.93145751953125e-1;
   static constexpr double kLn2Low = 1.42860682030941723212e-6;
-  static constexpr double kRoundMagic = 6755399441055744.0;  // 1.5 * 2^52
-  static constexpr int kExponentBias = 1023;
+  static constexpr double kRoundMagic = 6755399441055744.0 + 1023;  // 1.5 * 2^52 + the bias
   static constexpr int kMantissaBits = 52;
   static constexpr double kLogisticLimit = 708.0;
   static constexpr double kTanhLimit = 20.0;
 };
 
-// exp(r) - 1 - r, divided by r^2, for |r| <= ln(2)/2.
-FASTSEQ_INLINE Vec<float> expm1_tail(Vec<float> r) {  // minimax, degree 4
+// exp(r) for |r| <= ln(2)/2.
+FASTSEQ_INLINE Vec<float> exp_near_zero(Vec<float> r) {  // minimax of (exp(r) - 1 - r) / r^2, degree 4
   Vec<float> p = fma(r, broadcast(0.001381385256536305f), broadcast(0.00836907047778368f));
   p = fma(p, r, broadcast(0.041668422520160675f));
   p = fma(p, r, broadcast(0.166665181517601f));
-  return fma(p, r, broadcast(0.4999999403953552f));
+  p = fma(p, r, broadcast(0.4999999403953552f));
+  p = fma(p, r, broadcast(1.0f));
+  return fma(p, r, broadcast(1.0f));
 }
-FASTSEQ_INLINE Vec<double> expm1_tail(Vec<double> r) {  // Taylor, r^14/14! < 5e-18
+FASTSEQ_INLINE Vec<double> exp_near_zero(Vec<double> r) {  // Taylor, r^14/14! < 5e-18
   Vec<double> p = fma(r, broadcast(1.0 / 6227020800.0), broadcast(1.0 / 479001600.0));
   p = fma(p, r, broadcast(1.0 / 39916800.0));
   p = fma(p, r, broadcast(1.0 / 3628800.0));
@@ -56,16 +56,28 @@ FASTSEQ_INLINE Vec<double> expm1_tail(Vec<double> r) {  // Taylor, r^14/14! < 5e
   p = fma(p, r, broadcast(1.0 / 120.0));
   p = fma(p, r, broadcast(1.0 / 24.0));
   p = fma(p, r, broadcast(1.0 / 6.0));
-  return fma(p, r, broadcast(0.5));
+  p = fma(p, r, broadcast(0.5));
+  p = fma(p, r, broadcast(1.0));
+  return fma(p, r, broadcast(1.0));
 }
 
+// x * 2^n, for whole n within the exponents of normal numbers; `shifted` is kRoundMagic + n.
 template <typename Real>
-FASTSEQ_INLINE Vec<Real> clamp(Vec<Real> x, Real limit) {
-  const Vec<Real> high = broadcast(limit), low = broadcast(-limit);
-  x = x > high ? high : x;
-  return x < low ? low : x;
+FASTSEQ_INLINE Vec<Real> scale(Vec<Real> x, Vec<Real> n, Vec<Real> shifted) {
+#if defined(__AVX512F__)
+  static_cast<void>(shifted);
+  if constexpr (sizeof(Real) == sizeof(float))
+    return _mm512_maskz_scalef_ps(0xffff, x, n);
+  else
+    return _mm512_maskz_scalef_pd(0xff, x, n);
+#else
+  // n and the exponent's bias stand in the low bits of `shifted`; the shift drops the magic number's own bits.
+  static_cast<void>(n);
+  return x * bit_cast<Vec<Real> >(bit_cast<IntVec<Real> >(shifted) << ExpConstants<Real>::kMantissaBits);
+#endif
 }
 
+// |x| within kLogisticLimit.
 template <typename Real>
 FASTSEQ_INLINE Vec<Real> exp(Vec<Real> x) {
   using K = ExpConstants<Real>;
@@ -74,11 +86,7 @@ FASTSEQ_INLINE Vec<Real> exp(Vec<Real> x) {
   const Vec<Real> n = shifted - magic;
   Vec<Real> r = fma(n, broadcast(-K::kLn2High), x);
   r = fma(n, broadcast(-K::kLn2Low), r);
-  const Vec<Real> tail = fma(r * r, expm1_tail(r), r);
-  // The integer n stands in the low bits of `shifted`; the shift drops the magic number's own bits.
-  const IntVec<Real> bits = (bit_cast<IntVec<Real>>(shifted) + K::kExponentBias) << K::kMantissaBits;
-  const Vec<Real> scale = bit_cast<Vec<Real>>(bits);
-  return fma(scale, tail, scale);
+  return scale<Real>(exp_near_zero(r), n, shifted);
 }
 
 // tanh(x) = x + x^3 numerator(x^2) / denominator(x^2) for |x| < kTanhSmall (Moshier, Cephes 1989).
@@ -103,27 +111,26 @@ FASTSEQ_INLINE void tanh_fraction(Vec<double> z, Vec<double>* numerator, Vec<dou
 template <typename Real>
 FASTSEQ_INLINE Vec<Real> logistic(Vec<Real> x, Vec<Real>* slope) {
   const Vec<Real> one = broadcast(Real(1));
-  const Vec<Real> e = exp<Real>(-clamp<Real>(x, ExpConstants<Real>::kLogisticLimit));
+  constexpr Real kLimit = ExpConstants<Real>::kLogisticLimit;
+  const Vec<Real> e = exp<Real>(-at_least(-kLimit, at_most(kLimit, x)));
   const Vec<Real> value = one / (one + e);
   *slope = e * value * value;
   return value;
 }
 template <typename Real>
 FASTSEQ_INLINE Vec<Real> tanh(Vec<Real> x, Vec<Real>* slope) {
-  const Vec<Real> one = broadcast(Real(1)), two = broadcast(Real(2)), small = broadcast(Real(kTanhSmall));
-  x = clamp<Real>(x, ExpConstants<Real>::kTanhLimit);
-  const auto is_negative = x < zero<Real>();
-  const Vec<Real> magnitude = is_negative ? -x : x;
-  const auto is_small = magnitude < small;
+  const Vec<Real> one = broadcast(Real(1)), two = broadcast(Real(2));
+  const Vec<Real> z = at_most(ExpConstants<Real>::kTanhLimit, magnitude<Real>(x));
+  const auto is_small = z < broadcast(Real(kTanhSmall));
   Vec<Real> numerator, denominator;
-  tanh_fraction(x * x, &numerator, &denominator);
-  const Vec<Real> e = exp<Real>(magnitude + magnitude);
+  tanh_fraction(z * z, &numerator, &denominator);
+  const Vec<Real> e = exp<Real>(z + z);
   // One division serves both: tanh|x| = base + base * fraction, with base |x| near zero and 1 elsewhere.
   const Vec<Real> fraction = (is_small ? numerator : -two) / (is_small ? denominator : e + one);
-  const Vec<Real> base = is_small ? magnitude : one;
+  const Vec<Real> base = is_small ? z : one;
   const Vec<Real> value = fma(base, fraction, base);
   *slope = is_small ? fma(-value, value, one) : e * fraction * fraction;
-  return is_negative ? -value : value;
+  return with_sign_of<Real>(x, value);
 }
 
 // Without the slope.

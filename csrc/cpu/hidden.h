@@ -292,10 +292,11 @@ struct InputProjection {
   }
 };
 
-// Steps whose projected input is made at once: enough rows to reuse the packed weights, few enough to stay in cache.
+// Steps whose projected input is made at once: enough rows to reuse the packed weights, few enough that what is
+// projected is still in the second-level cache when the recurrence comes to it.
 inline int64_t chunk_steps(int64_t T, int64_t B, int64_t row_bytes) {
-  constexpr int64_t kCacheBytes = int64_t{3} << 20;
-  const int64_t for_reuse = (B >= kTileRows ? 48 : 96) / B + 1;
+  constexpr int64_t kCacheBytes = int64_t{512} << 10;
+  const int64_t for_reuse = 96 / B + 1;
   const int64_t for_cache = kCacheBytes / (B * row_bytes);
   const int64_t steps = for_reuse > for_cache ? for_reuse : for_cache;
   return steps < T ? steps : T;

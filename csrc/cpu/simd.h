@@ -118,6 +118,47 @@ FASTSEQ_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) { return
 FASTSEQ_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) { return a * b + c; }
 #endif
 
+// The smaller of a limit and x, or the larger; a NaN in x stays.
+#if defined(__AVX512F__)
+FASTSEQ_INLINE Vec<float> at_most(float limit, Vec<float> x) {
+  return _mm512_maskz_min_ps(0xffff, broadcast(limit), x);
+}
+FASTSEQ_INLINE Vec<float> at_least(float limit, Vec<float> x) {
+  return _mm512_maskz_max_ps(0xffff, broadcast(limit), x);
+}
+FASTSEQ_INLINE Vec<double> at_most(double limit, Vec<double> x) {
+  return _mm512_maskz_min_pd(0xff, broadcast(limit), x);
+}
+FASTSEQ_INLINE Vec<double> at_least(double limit, Vec<double> x) {
+  return _mm512_maskz_max_pd(0xff, broadcast(limit), x);
+}
+#else
+template <typename Real>
+FASTSEQ_INLINE Vec<Real> at_most(Real limit, Vec<Real> x) {
+  const Vec<Real> limits = broadcast(limit);
+  return limits < x ? limits : x;
+}
+template <typename Real>
+FASTSEQ_INLINE Vec<Real> at_least(Real limit, Vec<Real> x) {
+  const Vec<Real> limits = broadcast(limit);
+  return limits > x ? limits : x;
+}
+#endif
+
+// Sign bits apart from the rest.
+template <typename Real>
+FASTSEQ_INLINE IntVec<Real> sign_bit() {
+  return bit_cast<IntVec<Real>>(broadcast(Real(-0.0)));
+}
+template <typename Real>
+FASTSEQ_INLINE Vec<Real> magnitude(Vec<Real> x) {
+  return bit_cast<Vec<Real>>(bit_cast<IntVec<Real>>(x) & ~sign_bit<Real>());
+}
+template <typename Real>
+FASTSEQ_INLINE Vec<Real> with_sign_of(Vec<Real> sign, Vec<Real> positive) {
+  return bit_cast<Vec<Real>>(bit_cast<IntVec<Real>>(positive) | (bit_cast<IntVec<Real>>(sign) & sign_bit<Real>()));
+}
+
 // The first `count` lanes (all of them where count is larger); lanes beyond are zero and their memory is not touched.
 #if defined(__AVX512F__)
 FASTSEQ_INLINE __mmask16 mask16(int count) { return static_cast<__mmask16>(count >= 16 ? 0xffffu : (1u << count) - 1); }

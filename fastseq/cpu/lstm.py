@@ -6,7 +6,17 @@ import torch
 from torch import Tensor
 
 from fastseq.cpu.extension import _cpu
-from fastseq.cpu.memory import address, dense, dense_rows, expect, new_gradients, storage_of, time_strides
+from fastseq.cpu.memory import (
+    address,
+    dense,
+    dense_rows,
+    expect,
+    new_gradients,
+    new_output,
+    new_tape,
+    storage_of,
+    time_strides,
+)
 from fastseq.ops.needs import NEEDS_STATE, NEEDS_WEIGHTS, NEEDS_X
 from fastseq.ops.tape import accumulate_dtype, tape_shapes
 
@@ -60,8 +70,8 @@ def lstm_fwd(
     steps, batch, _, hidden, outputs = sizes
     c_shape, gates_shape = tape_shapes(steps, batch, hidden) if save else ((0,), (0,))
     wide = accumulate_dtype(x.dtype)
-    y, h_n, c_n = x.new_empty((steps, batch, outputs)), h0.new_empty(h0.shape), c0.new_empty(c0.shape)
-    c, gates = x.new_empty(c_shape, dtype=wide), x.new_empty(gates_shape, dtype=wide)
+    y, h_n, c_n = new_output(x, (steps, batch, outputs)), h0.new_empty(h0.shape), c0.new_empty(c0.shape)
+    c, gates = new_tape(x, c_shape, wide), new_tape(x, gates_shape, wide)
     if batch == 0:
         return y, h_n, c_n, c, gates
     # Names, so that the dense copies outlive the call.
@@ -144,7 +154,7 @@ def lstm_bwd(
     # Names, so that the dense copies outlive the call.
     x, h0, c0, w_ih, w_hh = dense_rows(x), dense(h0), dense(c0), dense(w_ih), dense(w_hh)
     w_hr, flags, y, c, gates = dense(w_hr), dense(flags), dense(y), dense(c), dense(gates)
-    dgates = gates if overwrite else torch.empty_like(gates)
+    dgates = gates if overwrite else new_tape(x, gates_shape, wide)
     grad_h_n, grad_c_n = dense(grad_h_n), dense(grad_c_n)
     grad_y = None if grad_y is None else dense_rows(grad_y)
     _cpu.lstm_backward(

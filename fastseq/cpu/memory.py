@@ -6,11 +6,14 @@ needs: every tensor is on the CPU and has the size and dtype that the kernel wil
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+from fastseq.cpu.extension import _cpu
 
 STORAGE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
@@ -62,8 +65,28 @@ def time_strides(tensor: Tensor | None) -> tuple[int, int]:
     return (0, 0) if tensor is None else (tensor.stride(0), tensor.stride(1))
 
 
+#: Below this size torch's own allocator is as good.
+LARGE_BYTES = 1 << 22
+
+
+def new_output(example: Tensor, shape: tuple[int, ...] | torch.Size) -> Tensor:
+    """Undefined memory that becomes the user's: torch's own, with huge pages asked for where it is large."""
+    made = example.new_empty(shape)
+    if made.nbytes >= LARGE_BYTES:
+        _cpu.advise_huge_pages(made.data_ptr(), made.nbytes)
+    return made
+
+
+def new_tape(example: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Undefined memory for a tape. Large ones come from a pool: as many fresh pages would cost more than the kernel."""
+    count = math.prod(shape)
+    if count * dtype.itemsize < LARGE_BYTES:
+        return example.new_empty(shape, dtype=dtype)
+    return torch.frombuffer(_cpu.Block(count * dtype.itemsize), dtype=dtype, count=count).view(shape)
+
+
 def new_gradients(wanted: Iterable[tuple[object, Tensor | None]]) -> tuple[Tensor, ...]:
     """Memory for the gradients of ``(wanted or not, tensor)`` rows; shape ``[0]`` for those not wanted or None."""
     rows = tuple(wanted)
     example = next(tensor for _, tensor in rows if tensor is not None)
-    return tuple(example.new_empty(t.shape if want and t is not None else 0) for want, t in rows)
+    return tuple(new_output(example, t.shape if want and t is not None else (0,)) for want, t in rows)

@@ -6,7 +6,17 @@ import torch
 from torch import Tensor
 
 from fastseq.cpu.extension import _cpu
-from fastseq.cpu.memory import address, dense, dense_rows, expect, new_gradients, storage_of, time_strides
+from fastseq.cpu.memory import (
+    address,
+    dense,
+    dense_rows,
+    expect,
+    new_gradients,
+    new_output,
+    new_tape,
+    storage_of,
+    time_strides,
+)
 from fastseq.ops.needs import NEEDS_STATE, NEEDS_WEIGHTS, NEEDS_X
 from fastseq.ops.tape import accumulate_dtype, slopes_shape
 
@@ -58,9 +68,9 @@ def rnn_fwd(
     """``(y, h_n, slopes)``; the tape ``slopes`` is empty unless ``save``."""
     sizes = _check(x, h0, w_ih, w_hh, b_ih, b_hh, flags, nonlinearity)
     steps, batch, _, hidden, _ = sizes
-    y, h_n = x.new_empty((steps, batch, hidden)), h0.new_empty(h0.shape)
+    y, h_n = new_output(x, (steps, batch, hidden)), h0.new_empty(h0.shape)
     shape = slopes_shape(steps, batch, hidden) if save else (0,)
-    slopes = x.new_empty(shape, dtype=accumulate_dtype(x.dtype))
+    slopes = new_tape(x, shape, accumulate_dtype(x.dtype))
     if batch == 0:
         return y, h_n, slopes
     # Names, so that the dense copies outlive the call.
@@ -134,7 +144,7 @@ def rnn_bwd(
     dx, dh0, dw_ih, dw_hh, db = results
     # Names, so that the dense copies outlive the call.
     x, h0, w_ih, w_hh, y, slopes = dense_rows(x), dense(h0), dense(w_ih), dense(w_hh), dense(y), dense(slopes)
-    dgates = slopes if overwrite else torch.empty_like(slopes)
+    dgates = slopes if overwrite else new_tape(x, slopes.shape, slopes.dtype)
     flags, grad_h_n = dense(flags), dense(grad_h_n)
     grad_y = None if grad_y is None else dense_rows(grad_y)
     _cpu.rnn_backward(
