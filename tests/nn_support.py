@@ -21,8 +21,8 @@ TWINS: dict[type[nn.Module], type[nn.Module]] = {
     nn.RNNCell: fastseq.RNNCell,
 }
 
-# A tensor is judged over at least so many draws, and over so many numbers in all of them together. In float64, where the
-# bound does not hang on the luck of a yardstick, the first suffices, and half of it.
+# A tensor is judged over at least so many draws, and over so many numbers in all of them together. In float64, where
+# the bound does not hang on the luck of a yardstick, the first suffices, and half of it.
 DRAWS, NUMBERS = 16, 256
 
 # torch's module, fastseq's with the same weights, and the arguments that both are called with.

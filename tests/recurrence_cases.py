@@ -8,6 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+
+# Every time structure in the dtypes of the arithmetic; half types, which differ in how they are stored, with all of it.
+DTYPES_AND_TIMES = [
+    *((dtype, time) for dtype in DTYPES[:2] for time in ("", "lengths", "reset", "lengths+reset")),
+    *((dtype, "lengths+reset") for dtype in DTYPES[2:]),
+]
+
 
 @dataclass(frozen=True)
 class Case:

@@ -116,6 +116,7 @@ class RecurrentForward {
         projection.sweep(begin, begin + last - first, team, batch_, [&](Product<Real> product, int rows, int64_t row) {
           const int64_t column = panel.first * kLanes<Real>;
           product.panel = w_ + column * p_.I * Cell::kGates;
+          product.chain = chain_for<Real>(p_.H);
           const ProjectionOp<Real> op{bias_ + column, gates(begin, begin) + row * gates_stride_ + column, gates_stride_,
                                       Cell::template slot_stride<Real>(width_)};
           Cell::template run<Chains::kOne, Real>(rows, panel, op, product);
@@ -148,7 +149,8 @@ class RecurrentForward {
   void cell(int64_t step, int64_t begin, const Panel& panel, int64_t tile) const {
     const int64_t t = clock_.time(step), row = batch_.first(tile), column = panel.first * kLanes<Real>;
     const int64_t stride = hidden_.read_stride(step);
-    const Product<Real> product{r_ + column * p_.P * Cell::kGates, p_.P, hidden_.read(step) + row * stride, stride};
+    const Product<Real> product{r_ + column * p_.P * Cell::kGates, p_.P, hidden_.read(step) + row * stride, stride,
+                                chain_for<Real>(p_.H)};
     Real* preactivation = gates(t, begin) + row * gates_stride_ + column;
     if constexpr (Cell::kHasC) {
       const LstmCellOp<Real, kFlags> op{preactivation,
@@ -173,7 +175,7 @@ class RecurrentForward {
     const ProjectedHiddenOp<Real, kFlags> op{hidden_.sink(step, row, column)};
     run_tile<Chains::kSide, ALayout::kRows, Real>(
         batch_.height(tile), panel.vectors, op,
-        Product<Real>{w_hr_ + column * p_.H, p_.H, unprojected_ + row * width_, width_});
+        Product<Real>{w_hr_ + column * p_.H, p_.H, unprojected_ + row * width_, width_, chain_for<Real>(p_.P)});
   }
 
   using Sink = typename HiddenState<Real, kFlags>::Sink;
@@ -318,9 +320,10 @@ class RecurrentBackward {
 
   // dgates_{t+1} R for the rows of a tile: no product at the last step.
   Product<Real> recurrent(int64_t step, const Panel& panel, int64_t row) const {
-    if (step == p_.T - 1) return {nullptr, 0, nullptr, 0};
+    if (step == p_.T - 1) return {nullptr, 0, nullptr, 0, 0};
     const int64_t K = Cell::kGates * width_;
-    return {r_ + panel.first * kLanes<Real> * K, K, dgates_at(step + 1) + row * gates_stride_, gates_stride_};
+    return {r_ + panel.first * kLanes<Real> * K, K, dgates_at(step + 1) + row * gates_stride_, gates_stride_,
+            chain_for<Real>(p_.P)};
   }
   Real* dgates_at(int64_t step) const {
     return static_cast<Real*>(p_.dgates) + clock_.time(step) * p_.B * gates_stride_;

@@ -15,10 +15,19 @@ namespace {
 enum class ALayout { kRows, kColumns };  // A(r, k) at a[r * lda + k], or at a[k * lda + r]
 
 // One chain of so many fused multiply-adds, then a new one, and the sums are added: a single chain over a long K has a
-// multiple of the rounding error of a blocked sum. Weight gradients (kColumns) sum thousands of numbers of like sign,
-// for which the best block is about the cube root of twice their number.
+// multiple of the rounding error of a blocked sum, and of a library's dot product, which sums in as many chains as a
+// vector has lanes. Weight gradients (kColumns) sum thousands of numbers of like sign, for which the best block is
+// about the cube root of twice their number.
 template <ALayout kLayout>
-constexpr int64_t kChain = kLayout == ALayout::kColumns ? 32 : 128;
+constexpr int64_t kChain = kLayout == ALayout::kColumns ? 32 : 64;
+
+// For products of few columns, where there is time for it: a library makes such a product of dot products, which are
+// that much more exact.
+constexpr int64_t kShortChain = 8;
+template <typename Real>
+constexpr int64_t chain_for(int64_t columns) {
+  return columns < kLanes<Real> ? kShortChain : 0;
+}
 
 // Chains that run side by side, since with few rows there are too few accumulators to hide the latency of an FMA. It
 // depends on the rows alone: the order of every sum must not change with the number of threads.
@@ -83,10 +92,10 @@ FASTSEQ_INLINE void multiply_chain(Vec<Real> (&acc)[kRows][kVectors], const Real
 
 template <int kRows, int kVectors, int kChains, ALayout kLayout, typename Real>
 FASTSEQ_INLINE void multiply(Vec<Real> (&acc)[kRows][kVectors], const Real* panel, int64_t K, const Real* a,
-                             int64_t lda) {
+                             int64_t lda, int64_t chain) {
   Vec<Real> total[kRows][kVectors];
   set_zero<Real>(total);
-  const int64_t blocks = K / kChain<kLayout> + (K % kChain<kLayout> != 0);
+  const int64_t blocks = K / chain + (K % chain != 0);
   const int64_t block = (K / blocks + (K % blocks != 0) + kChains - 1) / kChains * kChains;
   for (int64_t k = 0;;) {
     const int64_t length = K - k < block ? K - k : block;
@@ -114,6 +123,7 @@ struct Product {  // K == 0: no product, the Op alone
   int64_t K;
   const Real* a;
   int64_t lda;
+  int64_t chain = 0;  // the longest chain of multiply-adds; 0: kChain
 };
 
 template <int kRows, int kVectors, int kChains, ALayout kLayout, typename Real, typename Op>
@@ -121,7 +131,8 @@ __attribute__((noinline)) void tile(const Op& op, const Product<Real>& product) 
   Vec<Real> acc[kRows][kVectors];
   set_zero<Real>(acc);
   if (product.K > 0)
-    multiply<kRows, kVectors, kChains, kLayout, Real>(acc, product.panel, product.K, product.a, product.lda);
+    multiply<kRows, kVectors, kChains, kLayout, Real>(acc, product.panel, product.K, product.a, product.lda,
+                                                      product.chain ? product.chain : kChain<kLayout>);
   op.finish(acc);
 }
 
