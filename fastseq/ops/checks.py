@@ -4,7 +4,7 @@ expression; only when that fails is it worth the time to find the culprit.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -23,12 +23,30 @@ def refuse_shape(name: str, expected: str, got: Size) -> NoReturn:
     raise ShapeError(f"{name}: expected {expected}, got {list(got)}")
 
 
-def check_kinds(named: Iterable[tuple[str, Any]], optional: frozenset[str]) -> None:
+def check_kinds(named: Sequence[tuple[str, Any]], optional: frozenset[str]) -> None:
     """All are tensors (those in ``optional`` may be None) of one dtype that is served, on one device.
 
     Raises:
         TypeError: naming the first that is not.
     """
+    dtype = device = None
+    for name, value in named:
+        if value is None and name in optional:
+            continue
+        if not isinstance(value, Tensor) or value.layout is not torch.strided:
+            break
+        if dtype is None:
+            dtype, device = value.dtype, value.device
+            if dtype not in DTYPES:
+                break
+        elif value.dtype is not dtype or value.device != device:
+            break
+    else:
+        return
+    _refuse_kinds(named, optional)
+
+
+def _refuse_kinds(named: Iterable[tuple[str, Any]], optional: frozenset[str]) -> None:
     first: Tensor | None = None
     for name, value in named:
         if value is None and name in optional:

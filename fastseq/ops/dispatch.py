@@ -101,7 +101,11 @@ def _warn_once(device: str) -> None:
         )
 
 
-def register_kernels(name: str, reference: Callable[..., Any], cpp: Callable[..., Any]) -> None:
+def register_kernels(
+    name: str,
+    reference: Callable[..., Any],
+    cpp: Callable[..., Any],
+) -> None:
     """Registers the kernels of ``fastseq::name``: ``reference`` for every device, ``cpp`` beside it for the CPU."""
 
     def for_cpu(*args: Any) -> Any:

@@ -7,46 +7,18 @@ gradient will be wanted: the kernel at the ``Autograd`` key does, and keeps a ta
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from torch import Tensor
 
 from fastseq.cpu import lstm as kernels
-from fastseq.ops import transforms
 from fastseq.ops.checks import autocast_dtype, check_kinds, check_shapes, check_time, refuse_shape, under_autocast
-from fastseq.ops.dispatch import library, register_kernels
 from fastseq.ops.flags import step_flags
 from fastseq.ops.needs import NEEDS_STATE, NEEDS_WEIGHTS, NEEDS_X
+from fastseq.ops.operation import NO_BATCH, Operand, Operation, Result
 from fastseq.ops.tape import accumulate_dtype, tape_shapes
-from fastseq.reference.common import gradients
 from fastseq.reference.lstm import lstm_bwd as reference_bwd
 from fastseq.reference.lstm import lstm_fwd as reference_fwd
 
-_INPUTS = (
-    "Tensor x, Tensor h0, Tensor c0, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? w_hr, Tensor? flags"
-)
-_GRADS = "Tensor? grad_y, Tensor? grad_h_n, Tensor? grad_c_n"
-_RESULTS = "(Tensor dx, Tensor dh0, Tensor dc0, Tensor dw_ih, Tensor dw_hh, Tensor db, Tensor dw_hr)"
-_TAGS = (torch.Tag.pt2_compliant_tag,)
-
-library.define(
-    f"lstm_fwd({_INPUTS}, bool reverse, bool save) -> (Tensor y, Tensor h_n, Tensor c_n, Tensor c, Tensor gates)",
-    tags=_TAGS,
-)
-library.define(
-    f"lstm_bwd({_GRADS}, {_INPUTS}, Tensor y, Tensor c, Tensor gates, bool reverse, int needs) -> {_RESULTS}",
-    tags=_TAGS,
-)
-# The same, but free to overwrite the gates with their gradients: for eager mode, when the graph is not kept.
-library.define(
-    f"lstm_bwd_({_GRADS}, {_INPUTS}, Tensor y, Tensor c, Tensor(a!) gates, bool reverse, int needs) -> {_RESULTS}",
-    tags=_TAGS,
-)
-
-_fwd = torch.ops.fastseq.lstm_fwd.default
-_bwd = torch.ops.fastseq.lstm_bwd.default
-_bwd_ = torch.ops.fastseq.lstm_bwd_.default
+_OPTIONAL = frozenset(("b_ih", "b_hh", "w_hr"))
 
 
 def lstm(
@@ -128,7 +100,7 @@ def _check(
             ("b_hh", b_hh),
             ("w_hr", w_hr),
         ),
-        optional=frozenset(("b_ih", "b_hh", "w_hr")),
+        optional=_OPTIONAL,
     )
     if x.dim() != 3:
         refuse_shape("x", "shape [T, B, I]", x.shape)
@@ -155,23 +127,6 @@ def _check(
     )
 
 
-# The kernels.
-
-
-def _overwriting_bwd(*args: Any) -> tuple[Tensor, ...]:
-    torch.autograd.graph.increment_version(args[14])
-    return kernels.lstm_bwd(*args, overwrite=True)
-
-
-register_kernels("lstm_fwd", reference_fwd, kernels.lstm_fwd)
-register_kernels("lstm_bwd", reference_bwd, kernels.lstm_bwd)
-register_kernels("lstm_bwd_", reference_bwd, _overwriting_bwd)
-
-
-# Shapes without data, for torch.compile and torch.export.
-
-
-@torch.library.register_fake("fastseq::lstm_fwd", lib=library)
 def _fake_fwd(
     x: Tensor,
     h0: Tensor,
@@ -198,161 +153,24 @@ def _fake_fwd(
     )
 
 
-def _fake_bwd(
-    grad_y: Tensor | None,
-    grad_h_n: Tensor | None,
-    grad_c_n: Tensor | None,
-    x: Tensor,
-    h0: Tensor,
-    c0: Tensor,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None,
-    b_hh: Tensor | None,
-    w_hr: Tensor | None,
-    flags: Tensor | None,
-    y: Tensor,
-    c: Tensor,
-    gates: Tensor,
-    reverse: bool,
-    needs: int,
-) -> tuple[Tensor, ...]:
-    bias = b_hh if b_ih is None else b_ih
-    state, weights = needs & NEEDS_STATE, needs & NEEDS_WEIGHTS
-    asked = (needs & NEEDS_X, state, state, weights, weights, weights, weights)
-    inputs = (x, h0, c0, w_ih, w_hh, bias, w_hr)
-    return tuple(
-        x.new_empty(value.shape) if need and value is not None else x.new_empty(0)
-        for need, value in zip(asked, inputs, strict=True)
-    )
-
-
-torch.library.register_fake("fastseq::lstm_bwd", _fake_bwd, lib=library)
-torch.library.register_fake("fastseq::lstm_bwd_", _fake_bwd, lib=library)
-
-
-# Autograd.
-
-
-class LSTM(transforms.Function):
-    """``lstm_fwd`` with its backward. When the caller did not ask for the tape, it keeps one that nobody else sees."""
-
-    @staticmethod
-    def forward(ctx: Any, keyset: torch._C.DispatchKeySet, *args: Any) -> tuple[Tensor, ...]:
-        *inputs, reverse, save = args
-        y, h_n, c_n, c, gates = transforms.redispatch(_fwd, keyset, *inputs, reverse, True)
-        ctx.save_for_backward(*inputs, y, c, gates)
-        ctx.reverse = reverse
-        ctx.private = not save
-        ctx.set_materialize_grads(False)
-        if not save:
-            c, gates = c.new_empty(0), gates.new_empty(0)
-        ctx.mark_non_differentiable(c, gates)
-        return y, h_n, c_n, c, gates
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        grad_y, grad_h_n, grad_c_n = grads[:3]
-        _, need_x, need_h0, need_c0, *need_weights = ctx.needs_input_grad[:9]
-        nothing = (None,) * 12
-        if grad_y is None and grad_h_n is None and grad_c_n is None:
-            return nothing
-        needs = NEEDS_X * need_x | NEEDS_STATE * (need_h0 or need_c0) | NEEDS_WEIGHTS * any(need_weights)
-        saved = ctx.saved_tensors
-        bwd = _bwd_ if ctx.private and transforms.may_overwrite_tape(saved[-1], grad_y, grad_h_n, grad_c_n) else _bwd
-        dx, dh0, dc0, dw_ih, dw_hh, db, dw_hr = bwd(grad_y, grad_h_n, grad_c_n, *saved, ctx.reverse, needs)
-        need_w_ih, need_w_hh, need_b_ih, need_b_hh, need_w_hr = need_weights
-        return (
-            None,
-            dx if need_x else None,
-            dh0 if need_h0 else None,
-            dc0 if need_c0 else None,
-            dw_ih if need_w_ih else None,
-            dw_hh if need_w_hh else None,
-            db if need_b_ih else None,
-            # Not the same tensor twice, or whoever scales one gradient in place would scale both.
-            (db.clone() if need_b_ih else db) if need_b_hh else None,
-            dw_hr if need_w_hr else None,
-            None,
-            None,
-            None,
-        )
-
-
-class LSTMBackward(transforms.Function):
-    """``lstm_bwd`` with its own backward: second derivatives go through the reference, whatever kernel served."""
-
-    @staticmethod
-    def forward(ctx: Any, keyset: torch._C.DispatchKeySet, *args: Any) -> tuple[Tensor, ...]:
-        results: tuple[Tensor, ...] = transforms.redispatch(_bwd, keyset, *args)
-        ctx.save_for_backward(*args[:12])  # grad_y … flags: y and the tape are functions of these
-        ctx.reverse, ctx.needs = args[15:]
-        ctx.set_materialize_grads(False)
-        return results
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        *inputs, flags = ctx.saved_tensors
-        asked = ctx.needs_input_grad[1:12]
-
-        def bwd(*inputs: Any) -> tuple[Tensor, ...]:
-            unused = inputs[3]  # for y, c and gates
-            args = [*inputs, flags, unused, unused, unused, ctx.reverse, ctx.needs]
-            return reference_bwd(*args, differentiable=True)
-
-        results = gradients(bwd, inputs, asked, grads, differentiable=True)
-        return (None, *(grad if need else None for grad, need in zip(results, asked, strict=True)), *(None,) * 6)
-
-
-def _autograd_fwd(keyset: torch._C.DispatchKeySet, *args: Any) -> tuple[Tensor, ...]:
-    transforms.refuse_forward_mode("lstm_fwd", *args)
-    if torch.is_grad_enabled() and transforms.wants_gradient(*args):
-        return transforms.apply(LSTM, keyset, *args)  # type: ignore[no-any-return]
-    return _fwd.redispatch(keyset & transforms.below_autograd, *args)  # type: ignore[no-any-return]
-
-
-def _autograd_bwd(keyset: torch._C.DispatchKeySet, *args: Any) -> tuple[Tensor, ...]:
-    transforms.refuse_forward_mode("lstm_bwd", *args)
-    if torch.is_grad_enabled() and transforms.wants_gradient(*args):
-        return transforms.apply(LSTMBackward, keyset, *args)  # type: ignore[no-any-return]
-    return _bwd.redispatch(keyset & transforms.below_autograd, *args)  # type: ignore[no-any-return]
-
-
-def _autograd_bwd_(keyset: torch._C.DispatchKeySet, *args: Any) -> tuple[Tensor, ...]:
-    if torch.is_grad_enabled() and transforms.wants_gradient(*args):
-        raise RuntimeError("fastseq::lstm_bwd_ has no derivative: it overwrites its tape; use fastseq::lstm_bwd")
-    return _bwd_.redispatch(keyset & transforms.below_autograd, *args)  # type: ignore[no-any-return]
-
-
-library.impl("lstm_fwd", _autograd_fwd, "Autograd", with_keyset=True)
-library.impl("lstm_bwd", _autograd_bwd, "Autograd", with_keyset=True)
-library.impl("lstm_bwd_", _autograd_bwd_, "Autograd", with_keyset=True)
-
-
-# vmap: the mapped dimension becomes part of the batch, unless weights or their gradients differ along it.
-
-# The batch dimension of each tensor, in the order of the schemas; -1: a weight, which has none.
-_BATCH_INPUTS = (1, 0, 0, -1, -1, -1, -1, -1, 1)
-_BATCH_BWD = (1, 0, 0, *_BATCH_INPUTS, 1, 1, 1)
-
-
-@torch.library.register_vmap("fastseq::lstm_fwd", lib=library)
-def _vmap_fwd(
-    info: Any, in_dims: tuple[int | None, ...], *args: Any
-) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
-    size = info.batch_size
-    if any(dim is not None for dim in in_dims[3:8]):
-        return transforms.one_by_one(_fwd, size, in_dims, args)
-    results = _fwd(*transforms.fold_all(args, in_dims, size, _BATCH_INPUTS))
-    return transforms.unfold(results, size, (1, 0, 0, 1, 1))
-
-
-@torch.library.register_vmap("fastseq::lstm_bwd", lib=library)
-def _vmap_bwd(
-    info: Any, in_dims: tuple[int | None, ...], *args: Any
-) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
-    size = info.batch_size
-    if args[16] & NEEDS_WEIGHTS or any(dim is not None for dim in in_dims[6:11]):
-        return transforms.one_by_one(_bwd, size, in_dims, args)
-    results = _bwd(*transforms.fold_all(args, in_dims, size, _BATCH_BWD))
-    return transforms.unfold(results, size, (1, 0, 0, -1, -1, -1, -1))
+_OP = Operation(
+    "lstm",
+    inputs=(
+        Operand("x", 1, NEEDS_X),
+        Operand("h0", 0, NEEDS_STATE),
+        Operand("c0", 0, NEEDS_STATE),
+        Operand("w_ih", NO_BATCH, NEEDS_WEIGHTS),
+        Operand("w_hh", NO_BATCH, NEEDS_WEIGHTS),
+        Operand("b_ih", NO_BATCH, NEEDS_WEIGHTS, optional=True),
+        Operand("b_hh", NO_BATCH, NEEDS_WEIGHTS, optional=True, shares=True),
+        Operand("w_hr", NO_BATCH, NEEDS_WEIGHTS, optional=True),
+        Operand("flags", 1, optional=True),
+    ),
+    settings=("bool reverse",),
+    outputs=(Result("y", 1), Result("h_n", 0), Result("c_n", 0)),
+    tape=(Result("c", 1), Result("gates", 1)),
+    fake=_fake_fwd,
+    reference=(reference_fwd, reference_bwd),
+    cpp=(kernels.lstm_fwd, kernels.lstm_bwd),
+)
+_fwd = _OP.fwd
