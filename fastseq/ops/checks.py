@@ -109,6 +109,72 @@ def check_time(lengths: Any, reset: Any, steps: int, batch: int) -> None:
             refuse_shape("reset", f"shape [T, B] = {[steps, batch]}", reset.shape)
 
 
+def check_zoneout(named: Iterable[tuple[str, Any, Size, str]], device: torch.device) -> None:
+    """Every ``(name, zoneout, shape, the same in letters)`` is None, a rate from 0 to 1, or a bool mask of its shape.
+
+    Raises:
+        TypeError: something else, or a mask on another device than ``x``.
+        ValueError: a rate out of range.
+        fastseq.ShapeError: a mask of another shape.
+    """
+    for name, value, shape, letters in named:
+        if isinstance(value, Tensor):
+            if value.dtype != torch.bool:
+                raise TypeError(f"{name}: expected dtype torch.bool, got {value.dtype}")
+            if value.device != device:
+                raise TypeError(f"{name}: expected device {device}, that of x, got {value.device}")
+            check_shapes(((name, value, shape, letters),))
+        elif value is not None and not (_is_number(value) and 0 <= value <= 1):
+            error = ValueError if _is_number(value) else TypeError
+            raise error(f"{name}: expected a bool Tensor or a rate from 0 to 1, got {value!r}")
+
+
+def check_limits(named: Iterable[tuple[str, Any]]) -> None:
+    """Every ``(name, limit)`` is None or a number above 0.
+
+    Raises:
+        TypeError: no number.
+        ValueError: a number that is not above 0.
+    """
+    for name, value in named:
+        if value is not None and not _is_number(value):
+            raise TypeError(f"{name}: expected a number above 0 or None, got {value!r}")
+        if value is not None and not value > 0:
+            raise ValueError(f"{name}: expected a number above 0 or None, got {value!r}")
+
+
+def pair_of(name: str, value: Any) -> tuple[Any, Any]:
+    """The two states ``(h, c)`` of an LSTM, or two Nones for None.
+
+    Raises:
+        TypeError: something else than a tuple or list.
+        fastseq.ShapeError: not two of them.
+    """
+    if value is None:
+        return None, None
+    if not isinstance(value, (tuple, list)):
+        raise TypeError(f"{name}: expected a tuple (h, c) of tensors, got {type(value).__name__}")
+    if len(value) != 2:
+        raise ShapeError(f"{name}: expected a tuple (h, c) of two tensors, got {len(value)}")
+    return value[0], value[1]
+
+
+def check_reset_state(named: Sequence[tuple[str, Any, int, str]], steps: int, batch: int) -> None:
+    """Every ``(name, state, size, the size's letter)`` is ``[B, size]`` or ``[T, B, size]``.
+
+    Raises:
+        fastseq.ShapeError: one is not.
+    """
+    for name, value, size, letter in named:
+        if value.shape not in ((batch, size), (steps, batch, size)):
+            either = f"[B, {letter}] = {[batch, size]} or [T, B, {letter}] = {[steps, batch, size]}"
+            refuse_shape(name, f"shape {either}", value.shape)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def _readable(value: Tensor) -> bool:
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False

@@ -1,24 +1,44 @@
-"""The operation lstm, one layer in one direction over the whole sequence: checks, schema, fake, autograd, vmap.
+"""The operation lstm, one layer in one direction over the whole sequence: checks, schemas and fakes.
 
-The kernels are :mod:`fastseq.reference.lstm` (every device) and :mod:`fastseq.cpu.lstm` (C++);
-``torch.ops.fastseq.lstm_fwd`` and ``lstm_bwd`` are the ops beneath. The caller of ``lstm_fwd`` need not know whether a
-gradient will be wanted: the kernel at the ``Autograd`` key does, and keeps a tape of its own then.
+It is two operations of ``torch.ops.fastseq``: ``lstm_fwd``, ``lstm_bwd`` for the plain layer and step flags, and
+``lstm_options_fwd``, ``lstm_options_bwd`` with all options, so that the plain call does not pay for arguments that it
+does not have. The kernels are :mod:`fastseq.reference.lstm` (every device) and :mod:`fastseq.cpu.lstm` (C++);
+:mod:`fastseq.ops.dispatch` knows who serves which option.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from torch import Tensor
 
 from fastseq.cpu import lstm as kernels
-from fastseq.ops.checks import autocast_dtype, check_kinds, check_shapes, check_time, refuse_shape, under_autocast
-from fastseq.ops.flags import step_flags
-from fastseq.ops.needs import NEEDS_STATE, NEEDS_WEIGHTS, NEEDS_X
+from fastseq.ops.checks import (
+    autocast_dtype,
+    check_kinds,
+    check_limits,
+    check_reset_state,
+    check_shapes,
+    check_zoneout,
+    pair_of,
+    refuse_shape,
+    under_autocast,
+)
+from fastseq.ops.flags import checked_flags
+from fastseq.ops.needs import NEEDS_MASK, NEEDS_RESET, NEEDS_STATE, NEEDS_WEIGHTS, NEEDS_X
 from fastseq.ops.operation import NO_BATCH, Operand, Operation, Result
-from fastseq.ops.tape import accumulate_dtype, tape_shapes
+from fastseq.ops.tape import accumulate_dtype, states_of, tape_shapes
 from fastseq.reference.lstm import lstm_bwd as reference_bwd
 from fastseq.reference.lstm import lstm_fwd as reference_fwd
+from fastseq.reference.lstm import lstm_options_bwd as reference_options_bwd
+from fastseq.reference.lstm import lstm_options_fwd as reference_options_fwd
 
 _OPTIONAL = frozenset(("b_ih", "b_hh", "w_hr"))
+
+# The forms of layer normalisation, by the parameters that each has.
+_HASTE = frozenset(("weight_ln_ih", "weight_ln_hh", "weight_ln_c", "bias_ln_c"))
+_TORCHAUDIO = frozenset(("weight_ln_gates", "bias_ln_gates", "weight_ln_c", "bias_ln_c"))
 
 
 def lstm(
@@ -31,16 +51,32 @@ def lstm(
     b_hh: Tensor | None = None,
     *,
     w_hr: Tensor | None = None,
+    peephole: Tensor | None = None,
     reverse: bool = False,
     lengths: Tensor | None = None,
     reset: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    reset_state: tuple[Tensor, Tensor] | None = None,
+    h_mask: Tensor | None = None,
+    zoneout_h: Tensor | float | None = None,
+    zoneout_c: Tensor | float | None = None,
+    weight_ln_ih: Tensor | None = None,
+    weight_ln_hh: Tensor | None = None,
+    weight_ln_gates: Tensor | None = None,
+    bias_ln_gates: Tensor | None = None,
+    weight_ln_c: Tensor | None = None,
+    bias_ln_c: Tensor | None = None,
+    cell_clip: float | None = None,
+    grad_clip: float | None = None,
+    recompute: bool = False,
+    return_states: bool = False,
+) -> tuple[Tensor, ...]:
     """One LSTM layer in one direction over a whole sequence (Hochreiter & Schmidhuber 1997; Gers et al. 2000).
 
     With ``z = w_ih x_t + b_ih + w_hh h_{t-1} + b_hh`` split into four in PyTorch's gate order i, f, g, o:
     ``c_t = sigmoid(f) c_{t-1} + sigmoid(i) tanh(g)`` and ``h_t = sigmoid(o) tanh(c_t)``, or ``w_hr`` times that with a
     projection (Sak et al. 2014). T steps, B sequences, I inputs, H hidden units, P outputs (P = H without ``w_hr``).
     All floating tensors share one dtype (float32, float64, bfloat16, float16) and one device, and may have any strides.
+    The formulas of the options and their sources are in :class:`fastseq.reference.lstm.Options`.
 
     Args:
         x: input, ``[T, B, I]``, T at least 1.
@@ -51,32 +87,194 @@ def lstm(
         b_ih: input bias, ``[4H]``, or None.
         b_hh: recurrent bias, ``[4H]``, or None.
         w_hr: projection, ``[P, H]``, or None.
+        peephole: ``[3, H]``, the weights by which ``c_{t-1}`` enters i and f, and ``c_t`` o. Not with layer
+            normalisation: neither published form has them.
         reverse: process the steps from the last to the first. Results keep the order of the input.
         lengths: integers ``[B]`` on any device, from 0 to T, in any order: sequence b ends after ``lengths[b]`` steps.
             Its output is zero from there on, and its final state is that of its last valid step.
         reset: bool ``[T, B]``: where true, a new episode starts at step t. No state and no gradient crosses between t
-            and t - 1, in either direction; the episode starts from the zero state.
+            and t - 1, in either direction.
+        reset_state: ``(h, c)`` that an episode starts from, ``[B, P]`` and ``[B, H]``, or ``[T, B, ·]``: row t is what
+            step t takes when it is the one that starts (in reverse the step before the one where ``reset`` is true).
+            Zeros if None. They receive gradients.
+        h_mask: ``[B, P]``, multiplies ``h_{t-1}`` before the recurrent product at every step: recurrent dropout, scaled
+            by the caller.
+        zoneout_h: bool ``[T, B, P]``: where true, ``h_t`` keeps the value of ``h_{t-1}``. Or a rate from 0 to 1: the
+            expectation, for evaluation.
+        zoneout_c: the same of the cell, ``[T, B, H]``.
+        weight_ln_ih, weight_ln_hh: ``[4H]``, with ``weight_ln_c`` and ``bias_ln_c``: layer normalisation as in haste.
+        weight_ln_gates, bias_ln_gates: ``[4H]``, with ``weight_ln_c`` and ``bias_ln_c``: as in torchaudio.
+        weight_ln_c, bias_ln_c: ``[H]``.
+        cell_clip: the cell state is clipped to ±cell_clip.
+        grad_clip: dL/dh_t is clipped elementwise to ±grad_clip at every step of the backward.
+        recompute: keep no gates for the backward but make them again.
+        return_states: whether to return all cell states and gates too.
 
     Returns:
         ``y [T, B, P]``, ``h_n [B, P]``, ``c_n [B, H]`` in the dtype of ``x``; the states are those after the last step
-        processed. Under autocast the dtype is autocast's, as for ``torch.nn.LSTM``.
+        processed. Under autocast the dtype is autocast's, as for ``torch.nn.LSTM``. With ``return_states`` also
+        ``c [T, B, H]`` and ``gates [T, B, 4H]`` after activation, order i, f, g, o; zero past the end of a sequence.
 
     Raises:
         TypeError: an argument is no tensor, or has the wrong dtype or device.
         fastseq.ShapeError: an argument has the wrong rank or size, T or H is 0, or a length is out of range.
+        ValueError: a number is out of range, or two options make no sense together; the message says why.
     """
+    flags = None
+    if lengths is not None or reset is not None:
+        flags = checked_flags(x, lengths, reset, reverse)
+    if (
+        peephole is None
+        and reset_state is None
+        and h_mask is None
+        and zoneout_h is None
+        and zoneout_c is None
+        and weight_ln_ih is None
+        and weight_ln_hh is None
+        and weight_ln_gates is None
+        and bias_ln_gates is None
+        and weight_ln_c is None
+        and bias_ln_c is None
+        and cell_clip is None
+        and grad_clip is None
+        and not recompute
+        and not return_states
+    ):
+        return _plain(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, flags, reverse)
+    if reset_state is not None and reset is None:
+        raise ValueError("reset_state: expected None without reset: there is no step that would take it")
+    return _with_options(
+        x,
+        h0,
+        c0,
+        w_ih,
+        w_hh,
+        b_ih,
+        b_hh,
+        w_hr,
+        flags,
+        reverse,
+        reset_state=reset_state,
+        h_mask=h_mask,
+        zoneout_h=zoneout_h,
+        zoneout_c=zoneout_c,
+        weights={
+            "peephole": peephole,
+            "weight_ln_ih": weight_ln_ih,
+            "weight_ln_hh": weight_ln_hh,
+            "weight_ln_gates": weight_ln_gates,
+            "bias_ln_gates": bias_ln_gates,
+            "weight_ln_c": weight_ln_c,
+            "bias_ln_c": bias_ln_c,
+        },
+        cell_clip=cell_clip,
+        grad_clip=grad_clip,
+        recompute=recompute,
+        return_states=return_states,
+    )
+
+
+def _plain(
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    w_hr: Tensor | None,
+    flags: Tensor | None,
+    reverse: bool,
+) -> tuple[Tensor, ...]:
     dtype = autocast_dtype(x)
     if dtype is not None:
         x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr = (
             under_autocast(value, dtype) for value in (x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr)
         )
     _check(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr)
-    flags = None
-    if lengths is not None or reset is not None:
-        check_time(lengths, reset, x.shape[0], x.shape[1])
-        flags = step_flags(lengths, reset, x.shape[0], x.shape[1], reverse, x.device)
     y, h_n, c_n, _c, _gates = _fwd(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, flags, reverse, False)
     return y, h_n, c_n
+
+
+def _with_options(
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    w_hr: Tensor | None,
+    flags: Tensor | None,
+    reverse: bool,
+    *,
+    reset_state: tuple[Tensor, Tensor] | None,
+    h_mask: Tensor | None,
+    zoneout_h: Tensor | float | None,
+    zoneout_c: Tensor | float | None,
+    weights: Mapping[str, Tensor | None],
+    cell_clip: float | None,
+    grad_clip: float | None,
+    recompute: bool,
+    return_states: bool,
+) -> tuple[Tensor, ...]:
+    """``weights`` are peephole and those of layer normalisation, in the order of the schema."""
+    h_reset, c_reset = pair_of("reset_state", reset_state)
+    dtype = autocast_dtype(x)
+    if dtype is not None:
+        x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, h_reset, c_reset, h_mask = (
+            under_autocast(value, dtype)
+            for value in (x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, h_reset, c_reset, h_mask)
+        )
+        weights = {name: under_autocast(value, dtype) for name, value in weights.items()}
+    _check(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr)
+    (steps, batch, _), outputs, hidden = x.shape, h0.shape[1], c0.shape[1]
+    given = {n: v for n, v in {"h_mask": h_mask, **weights}.items() if v is not None}
+    resets = [] if h_reset is None else [("reset_state[0]", h_reset), ("reset_state[1]", c_reset)]
+    check_kinds((("x", x), *given.items(), *resets), frozenset())
+    shapes: dict[str, tuple[tuple[int, ...], str]] = {
+        "h_mask": ((batch, outputs), "[B, P]"),
+        "peephole": ((3, hidden), "[3, H]"),
+    }
+    shapes |= dict.fromkeys(("weight_ln_c", "bias_ln_c"), ((hidden,), "[H]"))
+    check_shapes((name, value, *shapes.get(name, ((4 * hidden,), "[4H]"))) for name, value in given.items())
+    if h_reset is not None and c_reset is not None:
+        named = ("reset_state[0]", h_reset, outputs, "P"), ("reset_state[1]", c_reset, hidden, "H")
+        check_reset_state(named, steps, batch)
+        h_reset, c_reset = (v if v.dim() == 3 else v.unsqueeze(0) for v in (h_reset, c_reset))
+    zoneouts = ("zoneout_h", zoneout_h, outputs, "P"), ("zoneout_c", zoneout_c, hidden, "H")
+    check_zoneout(((n, v, (steps, batch, size), f"[T, B, {letter}]") for n, v, size, letter in zoneouts), x.device)
+    check_limits((("cell_clip", cell_clip), ("grad_clip", grad_clip)))
+    _check_together(frozenset(given), recompute, return_states)
+    mask_h, rate_h = (zoneout_h, 0.0) if isinstance(zoneout_h, Tensor) else (None, float(zoneout_h or 0))
+    mask_c, rate_c = (zoneout_c, 0.0) if isinstance(zoneout_c, Tensor) else (None, float(zoneout_c or 0))
+    tensors = h_reset, c_reset, h_mask, mask_h, mask_c, *weights.values()
+    settings = reverse, rate_h, rate_c, cell_clip, grad_clip, recompute
+    y, h_n, c_n, c, gates = _options_fwd(
+        x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, flags, *tensors, *settings, return_states
+    )
+    return (y, h_n, c_n, *states_of(c, gates, hidden, flags, x.dtype)) if return_states else (y, h_n, c_n)
+
+
+def _check_together(given: frozenset[str], recompute: bool, return_states: bool) -> None:
+    """Options that make no sense together, or only together.
+
+    Raises:
+        ValueError: saying which and why.
+    """
+    norm = frozenset(name for name in given if "_ln_" in name)
+    if norm and norm not in (_HASTE, _TORCHAUDIO):
+        raise ValueError(
+            f"layer normalisation: expected all of {', '.join(sorted(_HASTE))} (as haste has it) or all of "
+            f"{', '.join(sorted(_TORCHAUDIO))} (as torchaudio has it), got {', '.join(sorted(norm))}"
+        )
+    if norm and "peephole" in given:
+        raise ValueError(
+            "peephole: expected None with layer normalisation: neither haste's nor torchaudio's form has peepholes, "
+            "and where they would enter is not defined"
+        )
+    if recompute and return_states:
+        raise ValueError("recompute: expected False with return_states, which returns the gates that it would not keep")
 
 
 def _check(
@@ -153,24 +351,108 @@ def _fake_fwd(
     )
 
 
-_OP = Operation(
+def _fake_options_fwd(*args: Any) -> tuple[Tensor, ...]:
+    *_, recompute, save = args
+    given: Any = (*args[: len(_INPUTS)], False, save)
+    *results, gates = _fake_fwd(*given)
+    return (*results, gates.new_empty(0) if recompute else gates)
+
+
+_INPUTS = (
+    Operand("x", 1, NEEDS_X),
+    Operand("h0", 0, NEEDS_STATE),
+    Operand("c0", 0, NEEDS_STATE),
+    Operand("w_ih", NO_BATCH, NEEDS_WEIGHTS),
+    Operand("w_hh", NO_BATCH, NEEDS_WEIGHTS),
+    Operand("b_ih", NO_BATCH, NEEDS_WEIGHTS, optional=True),
+    Operand("b_hh", NO_BATCH, NEEDS_WEIGHTS, optional=True, shares=True),
+    Operand("w_hr", NO_BATCH, NEEDS_WEIGHTS, optional=True),
+    Operand("flags", 1, optional=True),
+)
+_OUTPUTS = Result("y", 1), Result("h_n", 0), Result("c_n", 0)
+_TAPE = Result("c", 1), Result("gates", 1)
+
+_fwd = Operation(
     "lstm",
-    inputs=(
-        Operand("x", 1, NEEDS_X),
-        Operand("h0", 0, NEEDS_STATE),
-        Operand("c0", 0, NEEDS_STATE),
-        Operand("w_ih", NO_BATCH, NEEDS_WEIGHTS),
-        Operand("w_hh", NO_BATCH, NEEDS_WEIGHTS),
-        Operand("b_ih", NO_BATCH, NEEDS_WEIGHTS, optional=True),
-        Operand("b_hh", NO_BATCH, NEEDS_WEIGHTS, optional=True, shares=True),
-        Operand("w_hr", NO_BATCH, NEEDS_WEIGHTS, optional=True),
-        Operand("flags", 1, optional=True),
-    ),
+    inputs=_INPUTS,
     settings=("bool reverse",),
-    outputs=(Result("y", 1), Result("h_n", 0), Result("c_n", 0)),
-    tape=(Result("c", 1), Result("gates", 1)),
+    outputs=_OUTPUTS,
+    tape=_TAPE,
     fake=_fake_fwd,
     reference=(reference_fwd, reference_bwd),
     cpp=(kernels.lstm_fwd, kernels.lstm_bwd),
+).fwd
+
+_OPTION_WEIGHTS = (
+    "peephole",
+    "weight_ln_ih",
+    "weight_ln_hh",
+    "weight_ln_gates",
+    "bias_ln_gates",
+    "weight_ln_c",
+    "bias_ln_c",
 )
-_fwd = _OP.fwd
+_OPTION_INPUTS = (
+    Operand("h_reset", 1, NEEDS_RESET, optional=True),  # [1 or T, B, P]
+    Operand("c_reset", 1, NEEDS_RESET, optional=True),  # [1 or T, B, H]
+    Operand("h_mask", 0, NEEDS_MASK, optional=True),
+    Operand("zoneout_h", 1, optional=True),
+    Operand("zoneout_c", 1, optional=True),
+    *(Operand(name, NO_BATCH, NEEDS_WEIGHTS, optional=True) for name in _OPTION_WEIGHTS),
+)
+
+
+def _used(tensors: Any, settings: Any, with_backward: bool) -> list[str]:
+    """The options that a call uses, from its tensors beyond the plain ones and its settings."""
+    h_reset, _, h_mask, zoneout_h, zoneout_c, peephole, *norm = tensors
+    _, rate_h, rate_c, cell_clip, grad_clip, recompute = settings
+    uses = {
+        "reset_state": h_reset is not None,
+        "h_mask": h_mask is not None,
+        "zoneout": zoneout_h is not None or zoneout_c is not None or rate_h > 0 or rate_c > 0,
+        "peephole": peephole is not None,
+        "layer_norm": any(value is not None for value in norm),
+        "cell_clip": cell_clip is not None,
+        "grad_clip": with_backward and grad_clip is not None,
+        "recompute": with_backward and recompute,
+    }
+    return [option for option, used in uses.items() if used]
+
+
+def _used_by_fwd(*args: Any) -> list[str]:
+    first = len(_INPUTS)
+    tensors, settings, save = (
+        args[first : first + len(_OPTION_INPUTS)],
+        args[first + len(_OPTION_INPUTS) : -1],
+        args[-1],
+    )
+    return _used(tensors, settings, with_backward=save)
+
+
+def _used_by_bwd(*args: Any) -> list[str]:
+    first = len(_OUTPUTS) + len(_TAPE) + len(_INPUTS)
+    tensors, rest = args[first : first + len(_OPTION_INPUTS)], args[first + len(_OPTION_INPUTS) :]
+    states = ["return_states"] if args[3] is not None or args[4] is not None else []
+    return _used(tensors, rest[1 + len(_TAPE) : -1], with_backward=True) + states
+
+
+_options_fwd = Operation(
+    "lstm_options",
+    inputs=(*_INPUTS, *_OPTION_INPUTS),
+    settings=(
+        "bool reverse",
+        "float zoneout_h_rate",
+        "float zoneout_c_rate",
+        "float? cell_clip",
+        "float? grad_clip",
+        "bool recompute",
+    ),
+    outputs=_OUTPUTS,
+    tape=_TAPE,
+    fake=_fake_options_fwd,
+    reference=(reference_options_fwd, reference_options_bwd),
+    cpp=(kernels.lstm_options_fwd, kernels.lstm_options_bwd),
+    tape_gradients=True,
+    options_of="lstm",
+    options_used=(_used_by_fwd, _used_by_bwd),
+).fwd

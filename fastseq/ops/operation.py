@@ -77,6 +77,9 @@ class Operation:
         cpp: forward and backward kernels for the CPU; the backward takes ``overwrite=True`` too.
         tape_gradients: whether a tape that the caller asked for with ``save`` is an output like the others. Its
             gradients then follow ``grad_outputs`` in the schemas of the backwards.
+        options_of: the operation in :data:`fastseq.ops.dispatch.OPTIONS` whose options this one offers.
+        options_used: two functions, of the arguments of the forward and of the backward, that tell which of those
+            options a call uses.
 
     Attributes:
         fwd, bwd, bwd_: the ops.
@@ -94,6 +97,8 @@ class Operation:
         reference: tuple[Callable[..., Any], Callable[..., Any]],
         cpp: tuple[Callable[..., Any], Callable[..., Any]],
         tape_gradients: bool = False,
+        options_of: str = "",
+        options_used: tuple[Callable[..., Sequence[str]] | None, Callable[..., Sequence[str]] | None] = (None, None),
     ) -> None:
         self.name = name
         self.inputs = tuple(inputs)
@@ -114,7 +119,7 @@ class Operation:
         self._define(settings)
         ops = torch.ops.fastseq
         self.fwd, self.bwd, self.bwd_ = (getattr(ops, f"{name}_{kind}").default for kind in ("fwd", "bwd", "bwd_"))
-        self._register_kernels(reference, cpp)
+        self._register_kernels(reference, cpp, options_of, options_used)
         torch.library.register_fake(f"fastseq::{name}_fwd", fake, lib=library)
         for kind in ("bwd", "bwd_"):
             torch.library.register_fake(f"fastseq::{name}_{kind}", self._fake_bwd, lib=library)
@@ -138,6 +143,8 @@ class Operation:
         self,
         reference: tuple[Callable[..., Any], Callable[..., Any]],
         cpp: tuple[Callable[..., Any], Callable[..., Any]],
+        op: str,
+        used: tuple[Callable[..., Sequence[str]] | None, Callable[..., Sequence[str]] | None],
     ) -> None:
         overwritten = len(self.received) + len(self.inputs) + len(self.tape)
 
@@ -145,9 +152,9 @@ class Operation:
             torch.autograd.graph.increment_version(args[overwritten])
             return cpp[1](*args, overwrite=True)  # type: ignore[no-any-return]
 
-        register_kernels(f"{self.name}_fwd", reference[0], cpp[0])
-        register_kernels(f"{self.name}_bwd", reference[1], cpp[1])
-        register_kernels(f"{self.name}_bwd_", reference[1], overwriting_bwd)
+        register_kernels(f"{self.name}_fwd", reference[0], cpp[0], op, used[0])
+        register_kernels(f"{self.name}_bwd", reference[1], cpp[1], op, used[1])
+        register_kernels(f"{self.name}_bwd_", reference[1], overwriting_bwd, op, used[1])
 
     def _fake_bwd(self, *args: Any) -> tuple[Tensor, ...]:
         inputs = args[len(self.received) : len(self.received) + len(self.inputs)]
