@@ -109,24 +109,23 @@ def check_time(lengths: Any, reset: Any, steps: int, batch: int) -> None:
             refuse_shape("reset", f"shape [T, B] = {[steps, batch]}", reset.shape)
 
 
-def check_zoneout(named: Iterable[tuple[str, Any, Size, str]], device: torch.device) -> None:
-    """Every ``(name, zoneout, shape, the same in letters)`` is None, a rate from 0 to 1, or a bool mask of its shape.
+def check_zoneout(name: str, value: Any, shape: Size, letters: str, device: torch.device) -> None:
+    """``value`` is None, a rate from 0 to 1, or a bool mask of this shape (``letters``: the same in letters).
 
     Raises:
         TypeError: something else, or a mask on another device than ``x``.
         ValueError: a rate out of range.
         fastseq.ShapeError: a mask of another shape.
     """
-    for name, value, shape, letters in named:
-        if isinstance(value, Tensor):
-            if value.dtype != torch.bool:
-                raise TypeError(f"{name}: expected dtype torch.bool, got {value.dtype}")
-            if value.device != device:
-                raise TypeError(f"{name}: expected device {device}, that of x, got {value.device}")
-            check_shapes(((name, value, shape, letters),))
-        elif value is not None and not (_is_number(value) and 0 <= value <= 1):
-            error = ValueError if _is_number(value) else TypeError
-            raise error(f"{name}: expected a bool Tensor or a rate from 0 to 1, got {value!r}")
+    if isinstance(value, Tensor):
+        if value.dtype != torch.bool:
+            raise TypeError(f"{name}: expected dtype torch.bool, got {value.dtype}")
+        if value.device != device:
+            raise TypeError(f"{name}: expected device {device}, that of x, got {value.device}")
+        check_shapes(((name, value, shape, letters),))
+    elif value is not None and not (_is_number(value) and 0 <= value <= 1):
+        error = ValueError if _is_number(value) else TypeError
+        raise error(f"{name}: expected a bool Tensor or a rate from 0 to 1, got {value!r}")
 
 
 def check_limits(named: Iterable[tuple[str, Any]]) -> None:

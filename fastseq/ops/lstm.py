@@ -8,9 +8,9 @@ does not have. The kernels are :mod:`fastseq.reference.lstm` (every device) and 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastseq.cpu import lstm as kernels
@@ -29,6 +29,7 @@ from fastseq.ops.flags import checked_flags
 from fastseq.ops.needs import NEEDS_MASK, NEEDS_RESET, NEEDS_STATE, NEEDS_WEIGHTS, NEEDS_X
 from fastseq.ops.operation import NO_BATCH, Operand, Operation, Result
 from fastseq.ops.tape import accumulate_dtype, states_of, tape_shapes
+from fastseq.reference.lstm import Options as Options  # for the layers too
 from fastseq.reference.lstm import lstm_bwd as reference_bwd
 from fastseq.reference.lstm import lstm_fwd as reference_fwd
 from fastseq.reference.lstm import lstm_options_bwd as reference_options_bwd
@@ -36,9 +37,13 @@ from fastseq.reference.lstm import lstm_options_fwd as reference_options_fwd
 
 _OPTIONAL = frozenset(("b_ih", "b_hh", "w_hr"))
 
-# The forms of layer normalisation, by the parameters that each has.
-_HASTE = frozenset(("weight_ln_ih", "weight_ln_hh", "weight_ln_c", "bias_ln_c"))
-_TORCHAUDIO = frozenset(("weight_ln_gates", "bias_ln_gates", "weight_ln_c", "bias_ln_c"))
+# The parameters of layer normalisation, and which of them each form has.
+_GATE_NORMS = "weight_ln_ih", "weight_ln_hh", "weight_ln_gates", "bias_ln_gates"
+_CELL_NORMS = "weight_ln_c", "bias_ln_c"
+_HASTE = frozenset((*_GATE_NORMS[:2], *_CELL_NORMS))
+_TORCHAUDIO = frozenset((*_GATE_NORMS[2:], *_CELL_NORMS))
+
+_OPTION_WEIGHTS = ("peephole", *_GATE_NORMS, *_CELL_NORMS)
 
 
 def lstm(
@@ -140,41 +145,30 @@ def lstm(
         and not recompute
         and not return_states
     ):
-        return _plain(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, flags, reverse)
+        return layer(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, flags, reverse)
     if reset_state is not None and reset is None:
         raise ValueError("reset_state: expected None without reset: there is no step that would take it")
-    return _with_options(
-        x,
-        h0,
-        c0,
-        w_ih,
-        w_hh,
-        b_ih,
-        b_hh,
-        w_hr,
-        flags,
-        reverse,
-        reset_state=reset_state,
-        h_mask=h_mask,
-        zoneout_h=zoneout_h,
-        zoneout_c=zoneout_c,
-        weights={
-            "peephole": peephole,
-            "weight_ln_ih": weight_ln_ih,
-            "weight_ln_hh": weight_ln_hh,
-            "weight_ln_gates": weight_ln_gates,
-            "bias_ln_gates": bias_ln_gates,
-            "weight_ln_c": weight_ln_c,
-            "bias_ln_c": bias_ln_c,
-        },
-        cell_clip=cell_clip,
-        grad_clip=grad_clip,
-        recompute=recompute,
-        return_states=return_states,
+    h_reset, c_reset = pair_of("reset_state", reset_state)
+    options = Options(
+        h_reset,
+        c_reset,
+        h_mask,
+        zoneout_h,
+        zoneout_c,
+        peephole,
+        weight_ln_ih,
+        weight_ln_hh,
+        weight_ln_gates,
+        bias_ln_gates,
+        weight_ln_c,
+        bias_ln_c,
+        cell_clip,
+        grad_clip,
     )
+    return layer(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, flags, reverse, options, recompute, return_states)
 
 
-def _plain(
+def layer(
     x: Tensor,
     h0: Tensor,
     c0: Tensor,
@@ -185,78 +179,62 @@ def _plain(
     w_hr: Tensor | None,
     flags: Tensor | None,
     reverse: bool,
+    options: Options | None = None,
+    recompute: bool = False,
+    return_states: bool = False,
 ) -> tuple[Tensor, ...]:
+    """:func:`lstm` with step flags for its direction instead of ``lengths`` and ``reset``, and its options as one."""
     dtype = autocast_dtype(x)
     if dtype is not None:
         x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr = (
             under_autocast(value, dtype) for value in (x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr)
         )
     _check(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr)
-    y, h_n, c_n, _c, _gates = _fwd(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, flags, reverse, False)
-    return y, h_n, c_n
-
-
-def _with_options(
-    x: Tensor,
-    h0: Tensor,
-    c0: Tensor,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None,
-    b_hh: Tensor | None,
-    w_hr: Tensor | None,
-    flags: Tensor | None,
-    reverse: bool,
-    *,
-    reset_state: tuple[Tensor, Tensor] | None,
-    h_mask: Tensor | None,
-    zoneout_h: Tensor | float | None,
-    zoneout_c: Tensor | float | None,
-    weights: Mapping[str, Tensor | None],
-    cell_clip: float | None,
-    grad_clip: float | None,
-    recompute: bool,
-    return_states: bool,
-) -> tuple[Tensor, ...]:
-    """``weights`` are peephole and those of layer normalisation, in the order of the schema."""
-    h_reset, c_reset = pair_of("reset_state", reset_state)
-    dtype = autocast_dtype(x)
-    if dtype is not None:
-        x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, h_reset, c_reset, h_mask = (
-            under_autocast(value, dtype)
-            for value in (x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, h_reset, c_reset, h_mask)
-        )
-        weights = {name: under_autocast(value, dtype) for name, value in weights.items()}
-    _check(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr)
-    (steps, batch, _), outputs, hidden = x.shape, h0.shape[1], c0.shape[1]
-    given = {n: v for n, v in {"h_mask": h_mask, **weights}.items() if v is not None}
-    resets = [] if h_reset is None else [("reset_state[0]", h_reset), ("reset_state[1]", c_reset)]
-    check_kinds((("x", x), *given.items(), *resets), frozenset())
-    shapes: dict[str, tuple[tuple[int, ...], str]] = {
-        "h_mask": ((batch, outputs), "[B, P]"),
-        "peephole": ((3, hidden), "[3, H]"),
-    }
-    shapes |= dict.fromkeys(("weight_ln_c", "bias_ln_c"), ((hidden,), "[H]"))
-    check_shapes((name, value, *shapes.get(name, ((4 * hidden,), "[4H]"))) for name, value in given.items())
-    if h_reset is not None and c_reset is not None:
-        named = ("reset_state[0]", h_reset, outputs, "P"), ("reset_state[1]", c_reset, hidden, "H")
-        check_reset_state(named, steps, batch)
-        h_reset, c_reset = (v if v.dim() == 3 else v.unsqueeze(0) for v in (h_reset, c_reset))
-    zoneouts = ("zoneout_h", zoneout_h, outputs, "P"), ("zoneout_c", zoneout_c, hidden, "H")
-    check_zoneout(((n, v, (steps, batch, size), f"[T, B, {letter}]") for n, v, size, letter in zoneouts), x.device)
-    check_limits((("cell_clip", cell_clip), ("grad_clip", grad_clip)))
-    _check_together(frozenset(given), recompute, return_states)
-    mask_h, rate_h = (zoneout_h, 0.0) if isinstance(zoneout_h, Tensor) else (None, float(zoneout_h or 0))
-    mask_c, rate_c = (zoneout_c, 0.0) if isinstance(zoneout_c, Tensor) else (None, float(zoneout_c or 0))
-    tensors = h_reset, c_reset, h_mask, mask_h, mask_c, *weights.values()
-    settings = reverse, rate_h, rate_c, cell_clip, grad_clip, recompute
-    y, h_n, c_n, c, gates = _options_fwd(
-        x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, flags, *tensors, *settings, return_states
-    )
+    if options is None and not recompute and not return_states:
+        y, h_n, c_n, _c, _gates = _fwd(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, flags, reverse, False)
+        return y, h_n, c_n
+    if recompute and return_states:
+        raise ValueError("recompute: expected False with return_states, which returns the gates that it would not keep")
+    hidden = c0.shape[1]
+    extra = _checked(options or Options(), dtype, x, h0.shape[1], hidden)
+    given = x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, flags, *extra[:-4], reverse, *extra[-4:], recompute, return_states
+    y, h_n, c_n, c, gates = _options_fwd(*given)
     return (y, h_n, c_n, *states_of(c, gates, hidden, flags, x.dtype)) if return_states else (y, h_n, c_n)
 
 
-def _check_together(given: frozenset[str], recompute: bool, return_states: bool) -> None:
+def _checked(options: Options, dtype: torch.dtype | None, x: Tensor, outputs: int, hidden: int) -> tuple[Any, ...]:
+    """The options as the schema has them, tensors first, after their checks; floating ones in autocast's ``dtype``."""
+    values = vars(options)
+    if dtype is not None:
+        values = {name: under_autocast(value, dtype) for name, value in values.items()}
+    steps, batch = x.shape[:2]
+    shapes: dict[str, tuple[tuple[int, ...], str]] = {"h_mask": ((batch, outputs), "[B, P]")}
+    shapes |= {"peephole": ((3, hidden), "[3, H]")}
+    shapes |= dict.fromkeys(_GATE_NORMS, ((4 * hidden,), "[4H]")) | dict.fromkeys(_CELL_NORMS, ((hidden,), "[H]"))
+    given = [name for name in shapes if values[name] is not None]
+    h_reset, c_reset = values["h_reset"], values["c_reset"]
+    states = [] if h_reset is None else [("reset_state[0]", h_reset), ("reset_state[1]", c_reset)]
+    check_kinds([("x", x), *((name, values[name]) for name in given), *states], frozenset())
+    check_shapes((name, values[name], *shapes[name]) for name in given)
+    if h_reset is not None:
+        named = ("reset_state[0]", h_reset, outputs, "P"), ("reset_state[1]", c_reset, hidden, "H")
+        check_reset_state(named, steps, batch)
+        h_reset, c_reset = (value if value.dim() == 3 else value.unsqueeze(0) for value in (h_reset, c_reset))
+    masks, rates = [], []
+    for name, size, letter in (("zoneout_h", outputs, "P"), ("zoneout_c", hidden, "H")):
+        zoneout = values[name]
+        check_zoneout(name, zoneout, (steps, batch, size), f"[T, B, {letter}]", x.device)
+        is_mask = isinstance(zoneout, Tensor)
+        masks.append(zoneout if is_mask else None)
+        rates.append(0.0 if is_mask else float(zoneout or 0))
+    limits = {name: values[name] for name in ("cell_clip", "grad_clip")}
+    check_limits(limits.items())
+    _check_together(frozenset(given))
+    weights = (values[name] for name in _OPTION_WEIGHTS)
+    return (h_reset, c_reset, values["h_mask"], *masks, *weights, *rates, *limits.values())
+
+
+def _check_together(given: frozenset[str]) -> None:
     """Options that make no sense together, or only together.
 
     Raises:
@@ -273,8 +251,6 @@ def _check_together(given: frozenset[str], recompute: bool, return_states: bool)
             "peephole: expected None with layer normalisation: neither haste's nor torchaudio's form has peepholes, "
             "and where they would enter is not defined"
         )
-    if recompute and return_states:
-        raise ValueError("recompute: expected False with return_states, which returns the gates that it would not keep")
 
 
 def _check(
@@ -383,15 +359,6 @@ _fwd = Operation(
     cpp=(kernels.lstm_fwd, kernels.lstm_bwd),
 ).fwd
 
-_OPTION_WEIGHTS = (
-    "peephole",
-    "weight_ln_ih",
-    "weight_ln_hh",
-    "weight_ln_gates",
-    "bias_ln_gates",
-    "weight_ln_c",
-    "bias_ln_c",
-)
 _OPTION_INPUTS = (
     Operand("h_reset", 1, NEEDS_RESET, optional=True),  # [1 or T, B, P]
     Operand("c_reset", 1, NEEDS_RESET, optional=True),  # [1 or T, B, H]
