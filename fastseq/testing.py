@@ -96,9 +96,9 @@ def compare(
 
     Args:
         op: "lstm" or "rnn".
-        inputs: the arguments of the function in :mod:`fastseq.functional`, by name. A floating input that requires no gradient
-            gets one all the same when ``grads`` is true. Or several such draws of one shape, which are judged together:
-            in a tensor of a few numbers the reference may be right by luck, and luck is no standard.
+        inputs: the arguments of the function in :mod:`fastseq.functional`, by name. A floating input that requires no
+            gradient gets one all the same when ``grads`` is true. Or several such draws of one shape, which are judged
+            together: in a tensor of a few numbers the reference may be right by luck, and luck is no standard.
         implementation: one of :func:`implementations`.
         dtype: floating inputs are rounded to it first (default: left as they are). The truth starts from the rounded
             values.
