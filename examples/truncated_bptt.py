@@ -1,9 +1,9 @@
 """Truncated backpropagation through time over an endless stream: the state is carried from window to window, the
 gradient is not.
 
-The stream is a square wave of unknown period with noise, and the model says at every step what comes next. A window is
-shorter than a period, so that without the carried state the model could not know where in the period it is. Prints the
-loss with the state carried and with the state thrown away at every window.
+The stream is a square wave of unknown phase with noise, and the model says at every step what comes next. A window is
+half a period, so that without the carried state the model often cannot know where in the period it is. Prints the loss
+with the state carried and with the state thrown away at every window; the noise alone costs 0.01.
 """
 
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import fastseq
 from fastseq.functional import detach_state
 
-WINDOW, BATCH, PERIOD = 10, 16, 24
+WINDOW, BATCH, PERIOD = 6, 16, 12
 
 
 def endless_stream() -> Iterator[Tensor]:
@@ -49,6 +49,7 @@ def train(carry: bool, windows: int = 400) -> float:
 
 
 def main() -> None:
+    torch.set_num_threads(1)  # a second thread would only wait: the layer is small
     print(f"loss with the state carried:     {train(carry=True):.3f}")
     print(f"loss with the state thrown away: {train(carry=False):.3f}")
 
