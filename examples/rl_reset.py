@@ -1,9 +1,9 @@
 """Episodes that end in the middle of a rollout: the loop over steps that recurrent policies use, and one fused call.
 
-A rollout holds T steps of B environments, each reset by itself when an episode is done. ``done[t]`` says that step t was
-the last of its episode, so that the observation at t + 1 is the first of the next one, and the state must be cut there:
-``reset[t] = done[t - 1]``. For t = 0 that is the ``done`` of the rollout before, which has to be carried over with the
-state. No gradient crosses a reset.
+A rollout holds T steps of B environments, each reset by itself when an episode is done. ``done[t]`` says that step t
+was the last of its episode, so that the observation at t + 1 is the first of the next one, and the state must be cut
+there: ``reset[t] = done[t - 1]``. For t = 0 that is the ``done`` of the rollout before, which has to be carried over
+with the state. No gradient crosses a reset.
 
 Prints how far results and gradients of the two forms differ, and the times of both.
 """
