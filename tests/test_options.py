@@ -402,6 +402,9 @@ def test_transforms(names: tuple[str, ...], mapped: str, seed: int) -> None:
     """vmap, grad of vmap and vmap of grad, over the input or over the tensors of the options."""
     case = Case(3, 2, 2, 3, P=2, reverse=True, time="lengths+reset")
     inputs = inputs_of(case, 4) | options_of(case, names, 4)
+    inputs["reset"] = torch.tensor(
+        [[0, 0], [1, 0], [0, 1]]
+    ).bool()  # the second sequence is whole, so that it cuts there
     leaves = floating(inputs)
     extras = [name for name in leaves if name not in inputs_of(case, 4)]
     chosen = ["x"] if mapped == "x" else extras

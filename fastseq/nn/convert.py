@@ -251,6 +251,9 @@ def _with_class(old: nn.Module, cls: type[M]) -> M:
     # torch.nn's copies of what is in _parameters, and fastseq's packed ones
     for caches in ("_flat_weights", "_flat_weight_refs", "_packed"):
         content.pop(caches, None)
+    if cls in _TO_TORCH.values():  # torch's own: the options are off, or to_torch would have refused
+        for option in _OPTIONS:
+            content.pop(option, None)
     new.__dict__.update(content)
     _rebind_hooks(new, old)
     if parametrize.is_parametrized(old):

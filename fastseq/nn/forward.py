@@ -195,10 +195,8 @@ class RecurrentForward(_Module):
         return PackedSequence(y, batch_sizes, sorted_indices, unsorted_indices), finals, everything
 
     def _served_by_vendor(self, x: Tensor, extras: Extras) -> bool:
-        # The first question spares the rest where it is most often asked.
         return (
-            x.is_cuda
-            and vendor.serves(x, self.mode, extras.lengths, extras.reset)
+            vendor.serves(x, self.mode, extras.lengths, extras.reset)
             and not extras.return_states
             and not self._uses_options()
         )
@@ -331,7 +329,9 @@ class RecurrentForward(_Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # Packed weights are this process's own: neither pickled nor copied.
-        return {name: value for name, value in self.__dict__.items() if name != "_packed"}
+        state: dict[str, Any] = dict(super().__getstate__())  # type: ignore[no-untyped-call]
+        state.pop("_packed", None)
+        return state
 
     # Checks: torch's, in its words. The operation checks the rest.
 
