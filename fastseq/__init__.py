@@ -6,7 +6,7 @@ from fastseq import functional, reference, testing
 from fastseq._info import info
 from fastseq._version import __version__
 from fastseq.errors import ShapeError
-from fastseq.nn import LSTM, RNN, LSTMCell, RNNCell
+from fastseq.nn import LSTM, RNN, LSTMCell, RNNCell, RNNStates, States
 from fastseq.nn.convert import convert, patch, to_torch
 
 __all__ = [
@@ -14,7 +14,9 @@ __all__ = [
     "RNN",
     "LSTMCell",
     "RNNCell",
+    "RNNStates",
     "ShapeError",
+    "States",
     "__version__",
     "convert",
     "functional",

@@ -29,7 +29,8 @@ def info() -> dict[str, Any]:
           that the process has loaded (more than one is a fault: they would compete for the cores);
         - ``triton``: its version or None (nothing needs it yet);
         - ``cuda``: ``available`` and ``device``, as torch has them;
-        - ``ops``: for each operation and device, ``backend`` (None when a forced one cannot serve) and ``why``;
+        - ``ops``: for each operation and device, ``backend`` (None when a forced one cannot serve), ``why``, and
+          ``options``: the backend of each option of the operation (of its backward, for those that are about that);
         - ``switches``: the environment variables that change any of this, None where not set.
     """
     has_cuda = torch.cuda.is_available()
@@ -55,12 +56,17 @@ def info() -> dict[str, Any]:
     }
 
 
-def _served(op: str, device: str) -> dict[str, str | None]:
+def _served(op: str, device: str) -> dict[str, Any]:
+    backend, why = _backend(op, device)
+    options = {option: _backend(op, device, option)[0] for option in dispatch.OPTIONS.get(op, ())}
+    return {"backend": backend, "why": why, "options": options}
+
+
+def _backend(op: str, device: str, *options: str) -> tuple[str | None, str]:
     try:
-        backend, why = dispatch.serving(op, device)
+        return dispatch.serving(op, device, options)
     except RuntimeError as error:  # a forced implementation that cannot serve: to be reported, not raised
-        return {"backend": None, "why": str(error)}
-    return {"backend": backend, "why": why}
+        return None, str(error)
 
 
 def _triton_version() -> str | None:

@@ -4,5 +4,6 @@ from __future__ import annotations
 
 from fastseq.ops.lstm import lstm
 from fastseq.ops.rnn import rnn
+from fastseq.ops.state import detach_state
 
-__all__ = ["lstm", "rnn"]
+__all__ = ["detach_state", "lstm", "rnn"]

@@ -51,20 +51,24 @@ class _Op:
     function: Callable[..., tuple[Tensor, ...]]
     reference: Callable[..., tuple[Tensor, ...]]
     outputs: tuple[str, ...]
+    states: tuple[str, ...] = ()  # further outputs with return_states
 
 
 _OPS = {
-    "lstm": _Op(functional.lstm, reference.lstm, ("y", "h_n", "c_n")),
+    "lstm": _Op(functional.lstm, reference.lstm, ("y", "h_n", "c_n"), ("c", "gates")),
     "rnn": _Op(functional.rnn, reference.rnn, ("y", "h_n")),
 }
 
 
-def implementations(op: str, device: str = "cpu") -> list[str]:
-    """The implementations of ``op`` ("lstm", "rnn") that can run on ``device`` here, as ``["reference", "cpp"]``."""
+def implementations(op: str, device: str = "cpu", options: Sequence[str] = ()) -> list[str]:
+    """The implementations of ``op`` ("lstm", "rnn") that can run on ``device`` here, as ``["reference", "cpp"]``.
+
+    With ``options``, such as ``["zoneout"]`` (``fastseq.info()`` names them), those that serve them all.
+    """
     if op not in _OPS:
         raise ValueError(f"op: expected one of {', '.join(_OPS)}, got {op!r}")
     kind = torch.device(device).type
-    return [name for name in dispatch.IMPLEMENTATIONS if dispatch.why_not(name, kind) is None]
+    return [name for name in dispatch.IMPLEMENTATIONS if dispatch.why_not(name, kind, op, options) is None]
 
 
 @contextlib.contextmanager
@@ -92,9 +96,9 @@ def compare(
 
     Args:
         op: "lstm" or "rnn".
-        inputs: the arguments of the function in :mod:`fastseq.functional`, by name. An input that requires no gradient
-            gets one all the same when ``grads`` is true. Or several such draws of one shape, which are judged together:
-            in a tensor of a few numbers the reference may be right by luck, and luck is no standard.
+        inputs: the arguments of the function in :mod:`fastseq.functional`, by name. A floating input that requires no
+            gradient gets one all the same when ``grads`` is true. Or several such draws of one shape, which are judged
+            together: in a tensor of a few numbers the reference may be right by luck, and luck is no standard.
         implementation: one of :func:`implementations`.
         dtype: floating inputs are rounded to it first (default: left as they are). The truth starts from the rounded
             values.
@@ -103,19 +107,21 @@ def compare(
         seed: of those random gradients.
 
     Returns:
-        One comparison per tensor: the outputs by their names, then the gradients as ``d<input>``.
+        One comparison per tensor: the outputs by their names, then the gradients as ``d<input>``, or ``d<input>[0]``, …
+        for an input that is a tuple.
     """
     if op not in _OPS:
         raise ValueError(f"op: expected one of {', '.join(_OPS)}, got {op!r}")
     entry = _OPS[op]
     draws = [inputs] if isinstance(inputs, Mapping) else inputs
-    used = (entry.outputs if used is None else used) if grads else ()
+    outputs = entry.outputs + (entry.states if draws[0].get("return_states") else ())
+    used = (outputs if used is None else used) if grads else ()
     got, ref, truth = [], [], []
     for index, draw in enumerate(draws):
         given = {name: _rounded(value, dtype) for name, value in draw.items()}
         wide = {name: _rounded(value, torch.float64) for name, value in given.items()}
         here = next(value.dtype for value in given.values() if _differentiable(value))
-        options = entry.outputs, used, seed + index, here
+        options = outputs, used, seed + index, here
         truth.append(_results(entry.reference, wide, *options))
         ref.append(truth[-1] if here == torch.float64 else _results(entry.reference, given, *options))
         with use_implementation(implementation):
@@ -183,6 +189,8 @@ def _differentiable(value: Any) -> bool:
 
 
 def _rounded(value: Any, dtype: torch.dtype | None) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_rounded(each, dtype) for each in value)
     return value.detach().to(dtype or value.dtype) if _differentiable(value) else value
 
 
@@ -195,8 +203,17 @@ def _results(
     dtype: torch.dtype,
 ) -> dict[str, Tensor]:
     """Outputs and gradients by name. The gradients that arrive are the same numbers each time: those of ``dtype``."""
-    leaves = {n: v.detach().requires_grad_(bool(used)) if _differentiable(v) else v for n, v in inputs.items()}
-    values = dict(zip(outputs, function(**leaves), strict=True))
+    asked: dict[str, Tensor] = {}
+
+    def leaf(name: str, value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(leaf(f"{name}[{index}]", each) for index, each in enumerate(value))
+        if not _differentiable(value):
+            return value
+        asked[name] = value.detach().requires_grad_(bool(used))
+        return asked[name]
+
+    values = dict(zip(outputs, function(**{name: leaf(name, value) for name, value in inputs.items()}), strict=True))
     results = {name: value.detach() for name, value in values.items()}
     if used:
         generator = torch.Generator().manual_seed(seed)
@@ -204,7 +221,6 @@ def _results(
             name: (2 * torch.rand(value.shape, generator=generator, dtype=torch.float64) - 1).to(dtype)
             for name, value in values.items()
         }
-        asked = {name: leaf for name, leaf in leaves.items() if _differentiable(leaf)}
         found = torch.autograd.grad(
             [values[name] for name in used],
             list(asked.values()),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,8 +112,76 @@ def inputs_of(case: Case, gates: int, dtype: torch.dtype = torch.float64) -> dic
     return made | {"reverse": case.reverse} | time_options(case)
 
 
-def draws_of(case: Case, gates: int, dtype: torch.dtype) -> list[dict[str, Any]]:
+# What each option adds to the arguments, and the option of fastseq.ops.dispatch that it is.
+OPTIONS = {
+    "reset_state": "reset_state",
+    "reset_state per step": "reset_state",
+    "h_mask": "h_mask",
+    "zoneout": "zoneout",
+    "zoneout by rate": "zoneout",
+    "peephole": "peephole",
+    "haste": "layer_norm",
+    "torchaudio": "layer_norm",
+    "cell_clip": "cell_clip",
+    "grad_clip": "grad_clip",
+    "recompute": "recompute",
+    "return_states": "return_states",
+}
+RNN_OPTIONS = ("reset_state", "reset_state per step", "h_mask", "grad_clip", "recompute")
+
+# Pairs that cannot be used together.
+IMPOSSIBLE = (
+    {"reset_state", "reset_state per step"},
+    {"zoneout", "zoneout by rate"},
+    {"haste", "torchaudio"},
+    {"peephole", "haste"},
+    {"peephole", "torchaudio"},
+    {"recompute", "return_states"},
+)
+
+
+def options_of(case: Case, names: Iterable[str], gates: int, dtype: torch.dtype = torch.float64) -> dict[str, Any]:
+    """Arguments of the options named (keys of :data:`OPTIONS`), with ``reset`` where they need one."""
+    P = case.H if case.P is None or gates == 1 else case.P
+
+    def random(*shape: int) -> Tensor:
+        value = (2 * torch.rand(shape, dtype=torch.float64) - 1).to(dtype)
+        return strided_copy(value) if case.strided else value
+
+    made: dict[str, Any] = {}
+    for name in names:
+        if name.startswith("reset_state"):
+            lead = (case.T,) if name.endswith("per step") else ()
+            states = random(*lead, case.B, P), random(*lead, case.B, case.H)
+            made["reset_state"] = states if gates == 4 else states[0]
+            if "reset" not in case.time:
+                made["reset"] = torch.rand(case.T, case.B) < 0.3
+        elif name == "h_mask":
+            made["h_mask"] = (torch.rand(case.B, P) < 0.7).to(dtype) / 0.7
+        elif name == "zoneout":
+            made["zoneout_h"] = torch.rand(case.T, case.B, P) < 0.3
+            made["zoneout_c"] = torch.rand(case.T, case.B, case.H) < 0.3
+        elif name == "zoneout by rate":
+            made |= {"zoneout_h": 0.3, "zoneout_c": 0.2}
+        elif name == "peephole":
+            made["peephole"] = random(3, case.H)
+        elif name in ("haste", "torchaudio"):
+            stems = ("weight_ln_ih", "weight_ln_hh") if name == "haste" else ("weight_ln_gates", "bias_ln_gates")
+            made |= {stem: random(4 * case.H) for stem in stems}
+            made |= {stem: random(case.H) for stem in ("weight_ln_c", "bias_ln_c")}
+        elif name.endswith("_clip"):
+            made[name] = 0.3
+        else:
+            made[name] = True
+    return made
+
+
+def draws_of(case: Case, gates: int, dtype: torch.dtype, options: Collection[str] = ()) -> list[dict[str, Any]]:
     """Enough draws of the inputs that no tensor judged, all draws together, has fewer than 256 numbers."""
-    first = inputs_of(case, gates, dtype)
+
+    def draw() -> dict[str, Any]:
+        return inputs_of(case, gates, dtype) | options_of(case, options, gates, dtype)
+
+    first = draw()
     smallest = min(v.numel() for v in first.values() if isinstance(v, Tensor) and v.is_floating_point())
-    return [first, *(inputs_of(case, gates, dtype) for _ in range(1, -(-256 // smallest)))]
+    return [first, *(draw() for _ in range(1, -(-256 // smallest)))]

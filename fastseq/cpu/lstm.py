@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -188,3 +190,20 @@ def lstm_bwd(
         torch.get_num_threads(),
     )
     return results
+
+
+# The operation with options. The kernels serve lengths and reset only (fastseq.ops.dispatch.SERVED), so that a call
+# which comes here uses none of the others, and their arguments can be left out.
+
+
+def lstm_options_fwd(*args: Any) -> tuple[Tensor, ...]:
+    """``lstm_fwd`` for a call of ``fastseq::lstm_options_fwd`` that uses no option but flags."""
+    given: Any = (*args[:9], args[21], args[-1])
+    return lstm_fwd(*given)
+
+
+def lstm_options_bwd(*args: Any, overwrite: bool = False) -> tuple[Tensor, ...]:
+    """``lstm_bwd`` likewise; the gradients of the options are empty."""
+    given: Any = (*args[:3], *args[5:14], *args[26:30], args[-1])
+    results = lstm_bwd(*given, overwrite=overwrite)
+    return (*results, *(results[0].new_empty(0) for _ in range(10)))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -178,3 +180,20 @@ def rnn_bwd(
         torch.get_num_threads(),
     )
     return results
+
+
+# The operation with options. The kernels serve lengths and reset only (fastseq.ops.dispatch.SERVED), so that a call
+# which comes here uses none of the others, and their arguments can be left out.
+
+
+def rnn_options_fwd(*args: Any) -> tuple[Tensor, ...]:
+    """``rnn_fwd`` for a call of ``fastseq::rnn_options_fwd`` that uses no option but flags."""
+    given: Any = (*args[:7], *args[9:11], args[-1])
+    return rnn_fwd(*given)
+
+
+def rnn_options_bwd(*args: Any, overwrite: bool = False) -> tuple[Tensor, ...]:
+    """``rnn_bwd`` likewise; the gradients of the options are empty."""
+    given: Any = (*args[:9], *args[11:15], args[-1])
+    results = rnn_bwd(*given, overwrite=overwrite)
+    return (*results, *(results[0].new_empty(0) for _ in range(2)))

@@ -9,11 +9,15 @@ from __future__ import annotations
 import math
 import numbers
 import warnings
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import init
+
+from fastseq.ops.checks import check_limits
 
 
 class RecurrentBase(nn.Module):
@@ -24,7 +28,7 @@ class RecurrentBase(nn.Module):
     Each layer ``k`` and direction owns ``weight_ih_l{k}`` [G·H, I], ``weight_hh_l{k}`` [G·H, P], with ``bias`` also
     ``bias_ih_l{k}`` and ``bias_hh_l{k}`` [G·H], with ``proj_size`` also ``weight_hr_l{k}`` [P, H]; the reverse
     direction has the suffix ``_reverse``. G is 4 for the LSTM (gates i, f, g, o) and 1 for the RNN. All of them start
-    uniform in ±1/√H.
+    uniform in ±1/√H. What a subclass has beyond torch's follows them.
     """
 
     mode: str
@@ -36,6 +40,9 @@ class RecurrentBase(nn.Module):
     dropout: float
     bidirectional: bool
     proj_size: int
+    recurrent_dropout: float
+    grad_clip: float | None
+    recompute: bool
 
     def __init__(
         self,
@@ -50,7 +57,12 @@ class RecurrentBase(nn.Module):
         proj_size: int,
         device: torch.device | str | int | None,
         dtype: torch.dtype | None,
+        recurrent_dropout: float,
+        grad_clip: float | None,
+        recompute: bool,
+        extra: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
     ) -> None:
+        """``extra``: stems and shapes of the parameters that torch.nn does not have."""
         super().__init__()
         self.mode = mode
         self.input_size = input_size
@@ -62,6 +74,11 @@ class RecurrentBase(nn.Module):
         self.bidirectional = bidirectional
         self.proj_size = proj_size
         _check_arguments(self, dropout)
+        self.recurrent_dropout = checked_rate("recurrent_dropout", recurrent_dropout)
+        self.grad_clip = checked_limit("grad_clip", grad_clip)
+        if not isinstance(recompute, bool):
+            raise TypeError(f"recompute: expected a bool, got {type(recompute).__name__}")
+        self.recompute = recompute
 
         gates = 4 if mode == "LSTM" else 1
         output_size = proj_size or hidden_size
@@ -84,20 +101,30 @@ class RecurrentBase(nn.Module):
                     setattr(self, name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
                 self._flat_weights_names.extend(names)
                 self._all_weights.append(names)
+        # After all of torch's, so that these have the same values for the same seed with and without them.
+        for names in self._all_weights:
+            suffix = names[0].removeprefix("weight_ih")
+            for stem, shape in extra.items():
+                setattr(self, stem + suffix, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draws every parameter anew, uniform in ±1/√hidden_size."""
+        """Draws every parameter anew, uniform in ±1/√hidden_size; layer normalisation starts as the identity."""
         bound = 1.0 / math.sqrt(self.hidden_size) if self.hidden_size > 0 else 0.0
-        for weight in self.parameters():
-            init.uniform_(weight, -bound, bound)
+        for name, weight in self.named_parameters():
+            if "weight_ln_" in name:
+                init.ones_(weight)
+            elif "bias_ln_" in name:
+                init.zeros_(weight)
+            else:
+                init.uniform_(weight, -bound, bound)
 
     def flatten_parameters(self) -> None:
         """Does nothing: no kernel here asks for weights in one block. It is there for code written for torch."""
 
     @property
     def all_weights(self) -> list[list[nn.Parameter]]:
-        """The parameters, one list per layer and direction, in the order of registration."""
+        """torch's parameters, one list per layer and direction, in the order of registration."""
         return [[cast(nn.Parameter, getattr(self, name)) for name in names] for names in self._all_weights]
 
     @property
@@ -119,6 +146,12 @@ class RecurrentBase(nn.Module):
             parts.append(f"dropout={self.dropout}")
         if self.bidirectional is not False:
             parts.append(f"bidirectional={self.bidirectional}")
+        if self.recurrent_dropout != 0:
+            parts.append(f"recurrent_dropout={self.recurrent_dropout}")
+        if self.grad_clip is not None:
+            parts.append(f"grad_clip={self.grad_clip}")
+        if self.recompute:
+            parts.append(f"recompute={self.recompute}")
         return ", ".join(parts)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -127,6 +160,31 @@ class RecurrentBase(nn.Module):
         state = {name: value for name, value in state.items() if name not in ("_flat_weights", "_flat_weight_refs")}
         state.setdefault("proj_size", 0)
         super().__setstate__(state)  # type: ignore[no-untyped-call]
+
+
+def checked_rate(name: str, value: Any) -> float:
+    """A probability.
+
+    Raises:
+        TypeError: no number.
+        ValueError: not from 0 to 1.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number from 0 to 1, got {value!r}")
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name}: expected a number from 0 to 1, got {value!r}")
+    return float(value)
+
+
+def checked_limit(name: str, value: Any) -> float | None:
+    """What a value is clipped to, or None.
+
+    Raises:
+        TypeError: no number.
+        ValueError: not above 0.
+    """
+    check_limits(((name, value),))
+    return None if value is None else float(value)
 
 
 def _check_arguments(module: RecurrentBase, dropout: Any) -> None:

@@ -67,6 +67,17 @@ _TO_PLAIN = {source: plain for torch_class, plain, typed in _FAMILIES for source
 _TO_TYPED = {torch_class: typed for torch_class, _, typed in _FAMILIES}
 _TO_TORCH = {source: torch_class for torch_class, plain, typed in _FAMILIES for source in (plain, typed)}
 
+# What torch.nn's modules do not have, and the values that leave it out.
+_OPTIONS: dict[str, Any] = {
+    "recurrent_dropout": 0,
+    "zoneout": (0, 0),
+    "peephole": False,
+    "layer_norm": None,
+    "cell_clip": None,
+    "grad_clip": None,
+    "recompute": False,
+}
+
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -150,8 +161,8 @@ def to_torch(module: nn.Module) -> nn.Module:
 
     Raises:
         TypeError: ``module`` is no ``nn.Module``.
-        ValueError: a module uses what torch does not have (``nonlinearity="sigmoid"``), or is an instance of a subclass
-            that defines more than a constructor. Nothing has been swapped then.
+        ValueError: a module uses what torch does not have (``nonlinearity="sigmoid"``, ``zoneout``, …), or is an
+            instance of a subclass that defines more than a constructor. Nothing has been swapped then.
     """
     _require_module("to_torch", module)
     found: dict[nn.Module, type[nn.Module]] = {}
@@ -167,6 +178,10 @@ def to_torch(module: nn.Module) -> nn.Module:
             continue
         if getattr(each, "nonlinearity", "tanh") == "sigmoid":
             raise ValueError(f"to_torch: {name} has nonlinearity 'sigmoid', which torch.nn does not have")
+        for option, plain in _OPTIONS.items():
+            value = getattr(each, option, plain)
+            if value != plain:
+                raise ValueError(f"to_torch: {name} has {option}={value}, which torch.nn does not have")
         found[each] = target
     return _swap(module, found)
 
@@ -233,8 +248,12 @@ def _with_class(old: nn.Module, cls: type[M]) -> M:
     content = dict(old.__dict__)
     for own in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
         content[own] = content[own].copy()  # registering on one of the two later shall not show on the other
-    for caches in ("_flat_weights", "_flat_weight_refs"):  # torch.nn's copies of what is in _parameters
+    # torch.nn's copies of what is in _parameters, and fastseq's packed ones
+    for caches in ("_flat_weights", "_flat_weight_refs", "_packed"):
         content.pop(caches, None)
+    if cls in _TO_TORCH.values():  # torch's own: the options are off, or to_torch would have refused
+        for option in _OPTIONS:
+            content.pop(option, None)
     new.__dict__.update(content)
     _rebind_hooks(new, old)
     if parametrize.is_parametrized(old):

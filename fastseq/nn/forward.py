@@ -1,26 +1,53 @@
 """How a stack of recurrent layers runs: checks, layouts, and one call of the operation per layer and direction.
 
-A mixin with no state of its own: it reads the attributes that ``torch.nn.LSTM`` has too, so that
-``fastseq.LSTM`` and what ``convert(keep_type=True)`` makes of an ``nn.LSTM`` share one forward.
+A mixin with no state of its own but the packed weights of ``step``: it reads the attributes that ``torch.nn.LSTM`` has
+too, so that ``fastseq.LSTM`` and what ``convert(keep_type=True)`` makes of an ``nn.LSTM`` share one forward.
 Everything runs time-major inside; ``batch_first``, unbatched and packed input differ only at the two ends.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 import torch.nn.functional
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from fastseq.errors import ShapeError
 from fastseq.nn import vendor
 from fastseq.nn.packing import Packing
+from fastseq.nn.streaming import PackedWeights, dense_copies, may_pack
 from fastseq.ops.checks import refuse_shape
+from fastseq.ops.flags import checked_flags, step_flags
+
+# The mixins stand before nn.Module or a subclass of it, and call what it has.
+if TYPE_CHECKING:
+    _Module = nn.Module
+else:
+    _Module = object
 
 
-class RecurrentForward:
+@dataclass
+class Extras:
+    """What a call may bring beside input and states, in the layout of the operation (time-major, packed order).
+
+    Attributes:
+        lengths: [B].
+        reset: bool [T, B].
+        reset_states: like the states, each [L·D, B, ·] or [T, L·D, B, ·].
+        return_states: whether all states shall be returned.
+    """
+
+    lengths: Tensor | None = None
+    reset: Tensor | None = None
+    reset_states: tuple[Tensor, ...] | None = None
+    return_states: bool = False
+
+
+class RecurrentForward(_Module):
     """The forward pass of LSTM and RNN over hidden states given as a tuple: (h, c) for the LSTM, (h,) for the RNN."""
 
     if TYPE_CHECKING:
@@ -36,18 +63,29 @@ class RecurrentForward:
         training: bool
         _all_weights: list[list[str]]
 
+    # What fastseq has beyond torch.nn: off in a converted module, which may switch it on.
+    recurrent_dropout: float = 0.0
+    grad_clip: float | None = None
+    recompute: bool = False
+
+    _packed: PackedWeights[dict[str, Tensor]] | None = None
+
     # What differs between the two, supplied by LSTMForward and RNNForward.
 
     def _direction(
         self,
         x: Tensor,
         states: tuple[Tensor, ...],
-        weights: dict[str, Tensor],
+        weights: Mapping[str, Tensor],
+        flags: Tensor | None,
         reverse: bool,
-        lengths: Tensor | None,
-        reset: Tensor | None,
+        resets: tuple[Tensor, ...] | None,
+        return_states: bool,
     ) -> tuple[Tensor, ...]:
-        """One layer in one direction: x [T, B, ·] -> y [T, B, P] and the last states [B, ·]."""
+        """One layer in one direction: x [T, B, ·] -> y [T, B, P], the last states [B, ·], and all states if asked.
+
+        ``resets`` are reset states, each [B, ·] or [T, B, ·].
+        """
         raise NotImplementedError
 
     def _state_sizes(self) -> tuple[int, ...]:
@@ -57,24 +95,31 @@ class RecurrentForward:
     def _check_state_rank(self, states: tuple[Tensor, ...], batched: bool) -> None:
         raise NotImplementedError
 
+    def _extra_stems(self) -> tuple[str, ...]:
+        """The stems of the parameters that torch.nn does not have, such as ``weight_peephole``."""
+        return ()
+
+    def _uses_options(self) -> bool:
+        """Whether the module computes something that torch.nn's does not."""
+        return (self.recurrent_dropout > 0 and self.training) or self.grad_clip is not None or self.recompute
+
     # The public forward of both ends here.
 
     def _run(
-        self,
-        input: Tensor | PackedSequence,
-        states: tuple[Tensor, ...] | None,
-        lengths: Tensor | None,
-        reset: Tensor | None,
-    ) -> tuple[Any, tuple[Tensor, ...]]:
+        self, input: Tensor | PackedSequence, states: tuple[Tensor, ...] | None, extras: Extras
+    ) -> tuple[Any, tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Output, last states, and all states: h [L·D, T, B, P], …, time and batch in the layout of the input."""
+        if extras.reset_states is not None and extras.reset is None:
+            raise ValueError("reset_state: expected None without reset: there is no step that would take it")
         if isinstance(input, PackedSequence):
-            return self._run_packed(input, states, lengths, reset)
+            return self._run_packed(input, states, extras)
         if not isinstance(input, Tensor):
             raise TypeError(f"input: expected a Tensor or a PackedSequence, got {type(input).__name__}")
-        return self._run_padded(input, states, lengths, reset)
+        return self._run_padded(input, states, extras)
 
     def _run_padded(
-        self, input: Tensor, states: tuple[Tensor, ...] | None, lengths: Tensor | None, reset: Tensor | None
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        self, input: Tensor, states: tuple[Tensor, ...] | None, extras: Extras
+    ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
         if input.dim() not in (2, 3):
             what = f"got {input.dim()}D instead" if self.mode == "LSTM" else f"got {input.dim()}D tensor instead"
             name = "LSTM" if self.mode == "LSTM" else "RNN"
@@ -95,77 +140,122 @@ class RecurrentForward:
                 "Expected sequence length to be larger than 0 in RNN: input has an empty time axis, "
                 f"shape {tuple(input.shape)}"
             )
-        if lengths is not None:
-            lengths = _time_argument("lengths", lengths, "[B]" if batched else "[]", (batch,) if batched else ())
-            lengths = lengths if batched else lengths.unsqueeze(0)
-        if reset is not None:
-            reset = self._time_major_reset(reset, steps, batch, batched)
+        if extras.lengths is not None:
+            lengths = _time_argument("lengths", extras.lengths, "[B]" if batched else "[]", (batch,) if batched else ())
+            extras.lengths = lengths if batched else lengths.unsqueeze(0)
+        if extras.reset is not None:
+            extras.reset = self._time_major_reset(extras.reset, steps, batch, batched)
+        if extras.reset_states is not None:
+            extras.reset_states = self._batched_resets(extras.reset_states, steps, batch, batched)
 
-        if vendor.serves(x, self.mode, lengths, reset):
-            y, finals = vendor.run(self, x, states)
+        everything: tuple[Tensor, ...]
+        if self._served_by_vendor(x, extras):
+            y, finals, everything = *vendor.run(self, x, states), ()
         else:
-            y, finals = self._stack(x, states, lengths, reset, None)
+            y, finals, everything = self._stack(x, states, extras, None)
         if not batched:
-            return y.squeeze(1), tuple(state.squeeze(1) for state in finals)
-        return (y.transpose(0, 1) if self.batch_first else y), finals
+            finals = tuple(state.squeeze(1) for state in finals)
+            return y.squeeze(1), finals, tuple(state.squeeze(2) for state in everything)
+        if self.batch_first:
+            return y.transpose(0, 1), finals, tuple(state.transpose(1, 2) for state in everything)
+        return y, finals, everything
 
     def _run_packed(
-        self, input: PackedSequence, states: tuple[Tensor, ...] | None, lengths: Tensor | None, reset: Tensor | None
-    ) -> tuple[PackedSequence, tuple[Tensor, ...]]:
-        if lengths is not None:
+        self, input: PackedSequence, states: tuple[Tensor, ...] | None, extras: Extras
+    ) -> tuple[PackedSequence, tuple[Tensor, ...], tuple[Tensor, ...]]:
+        if extras.lengths is not None:
             raise TypeError("lengths: expected None beside a PackedSequence, which carries its own, got a Tensor")
         data, batch_sizes, sorted_indices, unsorted_indices = input
         self._check_input(data, packed=True)
         packing = Packing.of(input)
         states = self._initial(data, packing.batch, states)
+        if extras.reset is not None:
+            extras.reset = self._time_major_reset(extras.reset, packing.steps, packing.batch, batched=True)
+        if extras.reset_states is not None:
+            extras.reset_states = self._batched_resets(extras.reset_states, packing.steps, packing.batch, batched=True)
         if sorted_indices is not None:  # the caller's order -> the packed order
             states = tuple(state.index_select(1, sorted_indices) for state in states)
-        if reset is not None:
-            reset = self._time_major_reset(reset, packing.steps, packing.batch, batched=True)
-            reset = reset if sorted_indices is None else reset.index_select(1, sorted_indices.to(reset.device))
+            if extras.reset is not None:
+                extras.reset = extras.reset.index_select(1, sorted_indices.to(extras.reset.device))
+            if extras.reset_states is not None:
+                extras.reset_states = tuple(state.index_select(-2, sorted_indices) for state in extras.reset_states)
 
-        if vendor.serves(data, self.mode, None, reset):
-            y, finals = vendor.run(self, data, states, batch_sizes)
+        everything: tuple[Tensor, ...]
+        if self._served_by_vendor(data, extras):
+            y, finals, everything = *vendor.run(self, data, states, batch_sizes), ()
         else:
-            padded, finals = self._stack(packing.pad(data), states, packing.lengths, reset, packing)
+            extras.lengths = packing.lengths
+            padded, finals, everything = self._stack(packing.pad(data), states, extras, packing)
             y = packing.pack(padded)
         if unsorted_indices is not None:
             finals = tuple(state.index_select(1, unsorted_indices) for state in finals)
-        return PackedSequence(y, batch_sizes, sorted_indices, unsorted_indices), finals
+            everything = tuple(state.index_select(2, unsorted_indices) for state in everything)
+        if self.batch_first:
+            everything = tuple(state.transpose(1, 2) for state in everything)
+        return PackedSequence(y, batch_sizes, sorted_indices, unsorted_indices), finals, everything
+
+    def _served_by_vendor(self, x: Tensor, extras: Extras) -> bool:
+        return (
+            vendor.serves(x, self.mode, extras.lengths, extras.reset)
+            and not extras.return_states
+            and not self._uses_options()
+        )
 
     def _stack(
-        self,
-        x: Tensor,
-        states: tuple[Tensor, ...],
-        lengths: Tensor | None,
-        reset: Tensor | None,
-        packing: Packing | None,
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """All layers: x [T, B, I], states [L·D, B, ·] -> y [T, B, D·P], last states [L·D, B, ·]."""
+        self, x: Tensor, states: tuple[Tensor, ...], extras: Extras, packing: Packing | None
+    ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """All layers: x [T, B, I], states [L·D, B, ·] -> y [T, B, D·P], last states [L·D, B, ·], all [L·D, T, B, ·]."""
         directions = 2 if self.bidirectional else 1
+        flags = _flags(x, extras, directions)
+        count = len(states)
         finals: list[tuple[Tensor, ...]] = []
+        everything: list[tuple[Tensor, ...]] = []
         for layer in range(self.num_layers):
             outputs = []
             for direction in range(directions):
                 k = layer * directions + direction
-                weights = self._weights(k)
-                y, *last = self._direction(
-                    x, tuple(state[k] for state in states), weights, direction == 1, lengths, reset
+                resets = extras.reset_states
+                if resets is not None:
+                    resets = tuple(state[k] if state.dim() == 3 else state[:, k] for state in resets)
+                y, *rest = self._direction(
+                    x,
+                    tuple(state[k] for state in states),
+                    self._weights(k),
+                    flags[direction],
+                    direction == 1,
+                    resets,
+                    extras.return_states,
                 )
                 outputs.append(y)
-                finals.append(tuple(last))
+                finals.append(tuple(rest[:count]))
+                if extras.return_states:
+                    everything.append((y, *rest[count:]))
             x = outputs[0] if directions == 1 else torch.cat(outputs, dim=2)
             if layer < self.num_layers - 1:
                 x = self._dropout(x, packing)
-        return x, tuple(torch.stack(each) for each in zip(*finals, strict=True))
+        last, every = (tuple(torch.stack(each) for each in zip(*some, strict=True)) for some in (finals, everything))
+        return x, last, every
 
     def _weights(self, k: int) -> dict[str, Tensor]:
-        """The weights of layer and direction k as the operation names them: w_ih, w_hh, b_ih, b_hh, w_hr."""
+        """The weights of layer and direction k as the operation names them: w_ih, w_hh, b_ih, …, peephole, …"""
         # Read by name at each call, never cached: parametrizations and torch.func.functional_call replace attributes.
         biases = ("b_ih", "b_hh") if self.bias else ()
         projection = ("w_hr",) if self.proj_size > 0 else ()
-        names = zip(("w_ih", "w_hh", *biases, *projection), self._all_weights[k], strict=True)
-        return {operand: getattr(self, name) for operand, name in names}
+        names = self._all_weights[k]
+        weights = {
+            operand: getattr(self, name)
+            for operand, name in zip(("w_ih", "w_hh", *biases, *projection), names, strict=True)
+        }
+        suffix = names[0].removeprefix("weight_ih")
+        for stem in self._extra_stems():
+            weights["peephole" if stem == "weight_peephole" else stem] = getattr(self, stem + suffix)
+        return weights
+
+    def _recurrent_mask(self, x: Tensor, size: int) -> Tensor | None:
+        """Recurrent dropout's mask [B, P] on h_{t-1}, one for all steps and gates; None where nothing is dropped."""
+        if self.recurrent_dropout == 0 or not self.training:
+            return None
+        return torch.nn.functional.dropout(x.new_ones(x.size(1), size), self.recurrent_dropout)
 
     def _dropout(self, x: Tensor, packing: Packing | None) -> Tensor:
         if self.dropout == 0 or not self.training:
@@ -174,6 +264,74 @@ class RecurrentForward:
             return torch.nn.functional.dropout(x, self.dropout)
         # torch draws the mask over the packed rows; drawing it there too repeats its numbers under the same seed.
         return packing.pad(torch.nn.functional.dropout(packing.pack(x), self.dropout))
+
+    # Streaming.
+
+    def _step(self, x_t: Tensor, states: tuple[Tensor, ...] | None) -> tuple[Tensor, tuple[Tensor, ...]]:
+        if not isinstance(x_t, Tensor):
+            raise TypeError(f"x_t: expected a Tensor, got {type(x_t).__name__}")
+        if self.bidirectional:
+            raise RuntimeError("step: a bidirectional layer reads from the end, which a stream does not have yet")
+        if self.recurrent_dropout > 0 and self.training:
+            raise RuntimeError(
+                "step: recurrent dropout has one mask per sequence, and a step knows no sequence: call eval() before"
+            )
+        if x_t.dim() not in (1, 2):
+            raise ShapeError(f"x_t: expected shape [B, I] or [I], got {list(x_t.shape)}")
+        batched = x_t.dim() == 2
+        if states is not None:
+            self._check_state_rank(states, batched)
+        if not batched:
+            x_t = x_t.unsqueeze(0)
+            states = None if states is None else tuple(state.unsqueeze(1) for state in states)
+        x = x_t.unsqueeze(0)
+        self._check_input(x)
+        states = self._initial(x, x.size(1), states)
+        weights = [self._weights(k) for k in range(self.num_layers)]
+        if may_pack(x, *states, *(weight for each in weights for weight in each.values())):
+            y, finals = self._packed_step(x, states, weights)
+        elif self._served_by_vendor(x, Extras()):
+            y, finals = vendor.run(self, x, states)
+        else:
+            y, finals, _ = self._stack(x, states, Extras(), None)
+        if batched:
+            return y.squeeze(0), finals
+        return y.squeeze(0).squeeze(0), tuple(state.squeeze(1) for state in finals)
+
+    def _packed_step(
+        self, x: Tensor, states: tuple[Tensor, ...], weights: list[dict[str, Tensor]]
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """:meth:`_stack` for one step, with packed weights."""
+        if self._packed is None:
+            self._packed = PackedWeights(dense_copies)
+        finals = []
+        for k, of_layer in enumerate(weights):
+            handle = self._packed.handle(k, of_layer)
+            x, *last = self._direction(x, tuple(state[k] for state in states), handle, None, False, None, False)
+            finals.append(last)
+            if k < self.num_layers - 1:
+                x = self._dropout(x, None)
+        return x, tuple(torch.stack(each) for each in zip(*finals, strict=True))
+
+    # What may change the weights in a way that the fingerprints do not see drops the packed ones.
+
+    def train(self, mode: bool = True) -> Self:
+        self._packed = None
+        return super().train(mode)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
+        self._packed = None
+        return super()._apply(fn, recurse)  # type: ignore[no-any-return, no-untyped-call]
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._packed = None
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Packed weights are this process's own: neither pickled nor copied.
+        state: dict[str, Any] = dict(super().__getstate__())  # type: ignore[no-untyped-call]
+        state.pop("_packed", None)
+        return state
 
     # Checks: torch's, in its words. The operation checks the rest.
 
@@ -227,6 +385,28 @@ class RecurrentForward:
         if self.batch_first:
             return _time_argument("reset", reset, "[B, T]", (batch, steps)).transpose(0, 1)
         return _time_argument("reset", reset, "[T, B]", (steps, batch))
+
+    def _batched_resets(self, states: tuple[Tensor, ...], steps: int, batch: int, batched: bool) -> tuple[Tensor, ...]:
+        """Reset states as the caller lays them out -> each [L·D, B, ·] or [T, L·D, B, ·]."""
+        stacked = self.num_layers * (2 if self.bidirectional else 1)
+        for index, (state, size) in enumerate(zip(states, self._state_sizes(), strict=True)):
+            name = f"reset_state[{index}]" if self.mode == "LSTM" else "reset_state"
+            if not isinstance(state, Tensor):
+                raise TypeError(f"{name}: expected a Tensor, got {type(state).__name__}")
+            shape = (stacked, batch, size) if batched else (stacked, size)
+            if state.shape not in (shape, (steps, *shape)):
+                refuse_shape(name, f"the shape {list(shape)} of hx, or with a leading T {[steps, *shape]}", state.shape)
+        return states if batched else tuple(state.unsqueeze(-2) for state in states)
+
+
+def _flags(x: Tensor, extras: Extras, directions: int) -> list[Tensor | None]:
+    """Step flags for each direction: made once for all layers."""
+    if extras.lengths is None and extras.reset is None:
+        return [None] * directions
+    forward = checked_flags(x, extras.lengths, extras.reset, False)
+    if directions == 1:
+        return [forward]
+    return [forward, step_flags(extras.lengths, extras.reset, x.size(0), x.size(1), True, x.device)]
 
 
 def _time_argument(name: str, value: Tensor, letters: str, shape: tuple[int, ...]) -> Tensor:

@@ -1,19 +1,30 @@
-"""fastseq.RNN: ``torch.nn.RNN`` over fastseq's operation, with lengths, resets and the logistic nonlinearity."""
+"""fastseq.RNN: ``torch.nn.RNN`` over fastseq's operation, with what torch's lacks."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, overload
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from fastseq import functional as F
 from fastseq.errors import ShapeError
 from fastseq.nn.base import RecurrentBase
-from fastseq.nn.forward import RecurrentForward
+from fastseq.nn.forward import Extras, RecurrentForward
+from fastseq.ops import rnn as op
 
 MODES = {"tanh": "RNN_TANH", "relu": "RNN_RELU", "sigmoid": "RNN_SIGMOID"}
+
+
+class RNNStates(NamedTuple):
+    """Every state of an RNN, layer by layer and direction by direction, zero past the end of a sequence.
+
+    Attributes:
+        h: [L·D, T, B, H]; [L·D, B, T, H] if ``batch_first``, [L·D, T, H] without a batch. Time in input order.
+    """
+
+    h: Tensor
 
 
 class RNNForward(RecurrentForward):
@@ -30,6 +41,8 @@ class RNNForward(RecurrentForward):
         *,
         lengths: Tensor | None = None,
         reset: Tensor | None = None,
+        reset_state: Tensor | None = None,
+        return_states: Literal[False] = False,
     ) -> tuple[Tensor, Tensor]: ...
 
     @overload
@@ -40,7 +53,21 @@ class RNNForward(RecurrentForward):
         *,
         lengths: None = None,
         reset: Tensor | None = None,
+        reset_state: Tensor | None = None,
+        return_states: Literal[False] = False,
     ) -> tuple[PackedSequence, Tensor]: ...
+
+    @overload
+    def forward(
+        self,
+        input: Tensor | PackedSequence,
+        hx: Tensor | None = None,
+        *,
+        lengths: Tensor | None = None,
+        reset: Tensor | None = None,
+        reset_state: Tensor | None = None,
+        return_states: bool = False,
+    ) -> Any: ...
 
     def forward(
         self,
@@ -49,24 +76,53 @@ class RNNForward(RecurrentForward):
         *,
         lengths: Tensor | None = None,
         reset: Tensor | None = None,
-    ) -> tuple[Tensor | PackedSequence, Tensor]:
+        reset_state: Tensor | None = None,
+        return_states: bool = False,
+    ) -> Any:
         """Runs all layers over the sequence; see the class for the shapes."""
-        if hx is not None and not isinstance(hx, Tensor):
-            raise TypeError(f"hx: expected a Tensor, got {type(hx).__name__}")
-        output, (h_n,) = self._run(input, None if hx is None else (hx,), lengths, reset)
-        return output, h_n
+        resets = None if reset_state is None else (reset_state,)
+        extras = Extras(lengths, reset, resets, return_states)
+        output, (h_n,), everything = self._run(input, _single(hx), extras)
+        return (output, h_n, RNNStates(*everything)) if return_states else (output, h_n)
+
+    def step(self, x_t: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """One step of a stream, as :meth:`fastseq.LSTM.step`.
+
+        Args:
+            x_t: [B, I] or [I].
+            state: h, [L, B, H] or [L, H]; zeros if None.
+
+        Returns:
+            y_t [B, H] or [H], and the next state.
+        """
+        y_t, (h,) = self._step(x_t, _single(state))
+        return y_t, h
 
     def _direction(
         self,
         x: Tensor,
         states: tuple[Tensor, ...],
-        weights: dict[str, Tensor],
+        weights: Mapping[str, Tensor],
+        flags: Tensor | None,
         reverse: bool,
-        lengths: Tensor | None,
-        reset: Tensor | None,
+        resets: tuple[Tensor, ...] | None,
+        return_states: bool,
     ) -> tuple[Tensor, ...]:
-        return F.rnn(
-            x, *states, **weights, nonlinearity=self.nonlinearity, reverse=reverse, lengths=lengths, reset=reset
+        (h0,) = states
+        biases = weights.get("b_ih"), weights.get("b_hh")
+        return op.layer(
+            x,
+            h0,
+            weights["w_ih"],
+            weights["w_hh"],
+            *biases,
+            self.nonlinearity,
+            flags,
+            reverse,
+            None if resets is None else resets[0],
+            self._recurrent_mask(x, h0.size(1)),
+            self.grad_clip,
+            self.recompute,
         )
 
     def _state_sizes(self) -> tuple[int, ...]:
@@ -99,9 +155,11 @@ class RNN(RNNForward, RecurrentBase):
         device: where the parameters are made.
         dtype: their floating point type.
         proj_size: not an argument of the RNN; named so that giving it raises torch's error.
+        recurrent_dropout, grad_clip, recompute: as of :class:`fastseq.LSTM`.
 
-    Shapes of ``forward(input, hx=None, *, lengths=None, reset=None) -> (output, h_n)``: as :class:`fastseq.LSTM`'s,
-    with one state hx, h_n [L·D, B, H].
+    Shapes of ``forward(input, hx=None, *, lengths=None, reset=None, reset_state=None, return_states=False)``, which
+    returns ``(output, h_n)``, and with ``return_states`` :class:`RNNStates`: as :class:`fastseq.LSTM`'s, with one state
+    hx, h_n, reset_state [L·D, B, H].
 
     Raises:
         fastseq.ShapeError: an input or a state of the wrong rank, size, dtype or device. It is both a ``ValueError``
@@ -126,6 +184,9 @@ class RNN(RNNForward, RecurrentBase):
         dtype: torch.dtype | None = None,
         *,
         proj_size: None = None,
+        recurrent_dropout: float = 0.0,
+        grad_clip: float | None = None,
+        recompute: bool = False,
     ) -> None:
         if proj_size is not None:
             raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
@@ -143,6 +204,9 @@ class RNN(RNNForward, RecurrentBase):
             0,
             device,
             dtype,
+            recurrent_dropout,
+            grad_clip,
+            recompute,
         )
         self.nonlinearity = nonlinearity
 
@@ -161,6 +225,8 @@ class RNN(RNNForward, RecurrentBase):
             *,
             lengths: Tensor | None = None,
             reset: Tensor | None = None,
+            reset_state: Tensor | None = None,
+            return_states: Literal[False] = False,
         ) -> tuple[Tensor, Tensor]: ...
 
         @overload
@@ -171,6 +237,41 @@ class RNN(RNNForward, RecurrentBase):
             *,
             lengths: None = None,
             reset: Tensor | None = None,
+            reset_state: Tensor | None = None,
+            return_states: Literal[False] = False,
         ) -> tuple[PackedSequence, Tensor]: ...
 
+        @overload
+        def __call__(
+            self,
+            input: Tensor,
+            hx: Tensor | None = None,
+            *,
+            lengths: Tensor | None = None,
+            reset: Tensor | None = None,
+            reset_state: Tensor | None = None,
+            return_states: Literal[True],
+        ) -> tuple[Tensor, Tensor, RNNStates]: ...
+
+        @overload
+        def __call__(
+            self,
+            input: PackedSequence,
+            hx: Tensor | None = None,
+            *,
+            lengths: None = None,
+            reset: Tensor | None = None,
+            reset_state: Tensor | None = None,
+            return_states: Literal[True],
+        ) -> tuple[PackedSequence, Tensor, RNNStates]: ...
+
         def __call__(self, *args: object, **kwargs: object) -> object: ...
+
+
+def _single(hx: object) -> tuple[Tensor] | None:
+    """hx as a tuple of one tensor."""
+    if hx is None:
+        return None
+    if not isinstance(hx, Tensor):
+        raise TypeError(f"hx: expected a Tensor, got {type(hx).__name__}")
+    return (hx,)

@@ -4,7 +4,7 @@ expression; only when that fails is it worth the time to find the culprit.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -23,12 +23,30 @@ def refuse_shape(name: str, expected: str, got: Size) -> NoReturn:
     raise ShapeError(f"{name}: expected {expected}, got {list(got)}")
 
 
-def check_kinds(named: Iterable[tuple[str, Any]], optional: frozenset[str]) -> None:
+def check_kinds(named: Sequence[tuple[str, Any]], optional: frozenset[str]) -> None:
     """All are tensors (those in ``optional`` may be None) of one dtype that is served, on one device.
 
     Raises:
         TypeError: naming the first that is not.
     """
+    dtype = device = None
+    for name, value in named:
+        if value is None and name in optional:
+            continue
+        if not isinstance(value, Tensor) or value.layout is not torch.strided:
+            break
+        if dtype is None:
+            dtype, device = value.dtype, value.device
+            if dtype not in DTYPES:
+                break
+        elif value.dtype is not dtype or value.device != device:
+            break
+    else:
+        return
+    _refuse_kinds(named, optional)
+
+
+def _refuse_kinds(named: Iterable[tuple[str, Any]], optional: frozenset[str]) -> None:
     first: Tensor | None = None
     for name, value in named:
         if value is None and name in optional:
@@ -89,6 +107,71 @@ def check_time(lengths: Any, reset: Any, steps: int, batch: int) -> None:
             raise TypeError(f"reset: expected dtype torch.bool, got {reset.dtype}")
         if reset.shape != (steps, batch):
             refuse_shape("reset", f"shape [T, B] = {[steps, batch]}", reset.shape)
+
+
+def check_zoneout(name: str, value: Any, shape: Size, letters: str, device: torch.device) -> None:
+    """``value`` is None, a rate from 0 to 1, or a bool mask of this shape (``letters``: the same in letters).
+
+    Raises:
+        TypeError: something else, or a mask on another device than ``x``.
+        ValueError: a rate out of range.
+        fastseq.ShapeError: a mask of another shape.
+    """
+    if isinstance(value, Tensor):
+        if value.dtype != torch.bool:
+            raise TypeError(f"{name}: expected dtype torch.bool, got {value.dtype}")
+        if value.device != device:
+            raise TypeError(f"{name}: expected device {device}, that of x, got {value.device}")
+        check_shapes(((name, value, shape, letters),))
+    elif value is not None and not (_is_number(value) and 0 <= value <= 1):
+        error = ValueError if _is_number(value) else TypeError
+        raise error(f"{name}: expected a bool Tensor or a rate from 0 to 1, got {value!r}")
+
+
+def check_limits(named: Iterable[tuple[str, Any]]) -> None:
+    """Every ``(name, limit)`` is None or a number above 0.
+
+    Raises:
+        TypeError: no number.
+        ValueError: a number that is not above 0.
+    """
+    for name, value in named:
+        if value is not None and not _is_number(value):
+            raise TypeError(f"{name}: expected a number above 0 or None, got {value!r}")
+        if value is not None and not value > 0:
+            raise ValueError(f"{name}: expected a number above 0 or None, got {value!r}")
+
+
+def pair_of(name: str, value: Any) -> tuple[Any, Any]:
+    """The two states ``(h, c)`` of an LSTM, or two Nones for None.
+
+    Raises:
+        TypeError: something else than a tuple or list.
+        fastseq.ShapeError: not two of them.
+    """
+    if value is None:
+        return None, None
+    if not isinstance(value, (tuple, list)):
+        raise TypeError(f"{name}: expected a tuple (h, c) of tensors, got {type(value).__name__}")
+    if len(value) != 2:
+        raise ShapeError(f"{name}: expected a tuple (h, c) of two tensors, got {len(value)}")
+    return value[0], value[1]
+
+
+def check_reset_state(named: Sequence[tuple[str, Any, int, str]], steps: int, batch: int) -> None:
+    """Every ``(name, state, size, the size's letter)`` is ``[B, size]`` or ``[T, B, size]``.
+
+    Raises:
+        fastseq.ShapeError: one is not.
+    """
+    for name, value, size, letter in named:
+        if value.shape not in ((batch, size), (steps, batch, size)):
+            either = f"[B, {letter}] = {[batch, size]} or [T, B, {letter}] = {[steps, batch, size]}"
+            refuse_shape(name, f"shape {either}", value.shape)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _readable(value: Tensor) -> bool:

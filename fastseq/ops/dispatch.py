@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,33 @@ from fastseq import cpu
 
 IMPLEMENTATIONS = ("reference", "cpp", "triton", "cuda")
 OPS = ("lstm", "rnn")
+
+#: What each operation offers beside its plain form. The reference serves all of it.
+OPTIONS = {
+    "lstm": (
+        "lengths",
+        "reset",
+        "reset_state",
+        "h_mask",
+        "zoneout",
+        "peephole",
+        "layer_norm",
+        "cell_clip",
+        "grad_clip",
+        "recompute",
+        "return_states",
+    ),
+    "rnn": ("lengths", "reset", "reset_state", "h_mask", "grad_clip", "recompute"),
+}
+
+#: Which options the kernels of each implementation serve; the one place to enter an option that they have learnt.
+#: ``grad_clip``, ``recompute`` and ``return_states`` are about the backward: without gradients they use none.
+SERVED = {
+    ("cpp", "lstm"): frozenset(("lengths", "reset")),
+    ("cpp", "rnn"): frozenset(("lengths", "reset")),
+}
+
+_NAMES = {"cpp": "C++", "triton": "Triton", "cuda": "CUDA"}
 
 #: The library ``fastseq`` of ``torch.ops.fastseq``; every operation defines itself in it.
 library = torch.library.Library("fastseq", "DEF")
@@ -35,37 +62,54 @@ def forced() -> str | None:
     return _forced
 
 
-def why_not(implementation: str, device: str) -> str | None:
-    """The reason why ``implementation`` cannot serve tensors on ``device`` (as ``"cpu"``), or None if it can."""
+def why_not(implementation: str, device: str, op: str = "", options: Sequence[str] = ()) -> str | None:
+    """The reason why ``implementation`` cannot serve tensors on ``device`` (as ``"cpu"``), or None if it can.
+
+    With ``options``, those of :data:`OPTIONS` that a call of ``op`` uses, all of them have to be served.
+    """
     if implementation == "reference":
         return None
     if implementation == "cpp":
-        return f"the C++ kernels serve CPU tensors only, not {device}" if device != "cpu" else cpu.why_unavailable()
+        if device != "cpu":
+            return f"the C++ kernels serve CPU tensors only, not {device}"
+        reason = cpu.why_unavailable()
+        return reason if reason is not None or not options else _unserved(implementation, op, options)
     if implementation in IMPLEMENTATIONS:
         return f"this version of fastseq has no {implementation} kernels"
     return f"expected one of {', '.join(IMPLEMENTATIONS)}, got {implementation!r}"
 
 
-def serving(op: str, device: str = "cpu") -> tuple[str, str]:
-    """``(implementation, reason)``: which implementation serves ``op`` on ``device`` now, and why.
+def _unserved(implementation: str, op: str, options: Iterable[str]) -> str | None:
+    missing = [option for option in options if option not in SERVED.get((implementation, op), ())]
+    if not missing:
+        return None
+    return f"the {_NAMES[implementation]} kernels of {op} do not serve {', '.join(missing)} yet"
+
+
+def serving(op: str, device: str = "cpu", options: Iterable[str] = ()) -> tuple[str, str]:
+    """``(implementation, reason)``: which implementation serves ``op`` with ``options`` on ``device`` now, and why.
 
     Raises:
         RuntimeError: the forced implementation cannot serve it.
     """
     if op not in OPS:
         raise ValueError(f"op: expected one of {', '.join(OPS)}, got {op!r}")
+    options = tuple(options)
+    for option in options:
+        if option not in OPTIONS.get(op, ()):
+            raise ValueError(f"options: expected some of {', '.join(OPTIONS.get(op, ()))}, got {option!r}")
     if _forced is not None:
-        return _choose(device), "forced"
-    reason = why_not("cpp", device)
+        return _choose(device, op, options), "forced"
+    reason = why_not("cpp", device, op, options)
     if reason is None:
         return "cpp", f"C++ kernels, {cpu.isa()}"
     return "reference", reason if device == "cpu" else f"{reason}; plain layers use torch's own path"
 
 
-def _choose(device: str) -> str:
+def _choose(device: str, op: str = "", options: Sequence[str] = ()) -> str:
     if _forced is None:
-        return "reference" if why_not("cpp", device) else "cpp"
-    reason = why_not(_forced, device)
+        return "reference" if why_not("cpp", device, op, options) else "cpp"
+    reason = why_not(_forced, device, op, options)
     if reason is not None:
         raise RuntimeError(f"implementation {_forced!r} was asked for, but cannot serve: {reason}")
     return _forced
@@ -101,11 +145,24 @@ def _warn_once(device: str) -> None:
         )
 
 
-def register_kernels(name: str, reference: Callable[..., Any], cpp: Callable[..., Any]) -> None:
-    """Registers the kernels of ``fastseq::name``: ``reference`` for every device, ``cpp`` beside it for the CPU."""
+def register_kernels(
+    name: str,
+    reference: Callable[..., Any],
+    cpp: Callable[..., Any],
+    op: str = "",
+    options_used: Callable[..., Sequence[str]] | None = None,
+) -> None:
+    """Registers the kernels of ``fastseq::name``: ``reference`` for every device, ``cpp`` beside it for the CPU.
+
+    ``options_used`` tells from the arguments of a call which options of ``op`` it uses.
+    """
 
     def for_cpu(*args: Any) -> Any:
         return cpp(*args) if _choose("cpu") == "cpp" else reference(*args)
+
+    def for_cpu_by_options(*args: Any) -> Any:
+        assert options_used is not None
+        return cpp(*args) if _choose("cpu", op, options_used(*args)) == "cpp" else reference(*args)
 
     def for_others(*args: Any) -> Any:
         device = next(arg for arg in args if isinstance(arg, Tensor)).device.type
@@ -113,5 +170,5 @@ def register_kernels(name: str, reference: Callable[..., Any], cpp: Callable[...
             _warn_once(device)
         return reference(*args)
 
-    library.impl(name, for_cpu, "CPU")
+    library.impl(name, for_cpu if options_used is None else for_cpu_by_options, "CPU")
     library.impl(name, for_others, "CompositeExplicitAutograd")

@@ -1,8 +1,9 @@
 """Step flags: the one form in which time structure (``lengths`` and ``reset``) reaches a kernel.
 
-A ``uint8 [T, B]`` array, made for the direction of the op: bit 0 (:data:`CUT`) says that this step starts from the zero
-state instead of the carried one, so that no gradient crosses; bit 1 (:data:`PADDING`) says that the step lies past the
-end of its sequence, so that the state is carried through it and the output is zero. Padding is always a suffix in time.
+A ``uint8 [T, B]`` array, made for the direction of the op: bit 0 (:data:`CUT`) says that this step starts from the
+reset state (zero, unless one is given) instead of the carried one, so that no gradient crosses; bit 1
+(:data:`PADDING`) says that the step lies past the end of its sequence, so that the state is carried through it and the
+output is zero. Padding is always a suffix in time.
 """
 
 from __future__ import annotations
@@ -10,8 +11,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastseq.ops.checks import check_kinds, check_time, refuse_shape
+
 CUT = 1
 PADDING = 2
+
+
+def checked_flags(x: Tensor, lengths: Tensor | None, reset: Tensor | None, reverse: bool) -> Tensor | None:
+    """:func:`step_flags` for input ``x [T, B, I]``, after the checks of both arguments.
+
+    Raises:
+        TypeError, fastseq.ShapeError: as :func:`fastseq.ops.checks.check_time`, or ``x`` is not what it should be.
+    """
+    check_kinds((("x", x),), frozenset())
+    if x.dim() != 3:
+        refuse_shape("x", "shape [T, B, I]", x.shape)
+    steps, batch = x.shape[:2]
+    check_time(lengths, reset, steps, batch)
+    return step_flags(lengths, reset, steps, batch, reverse, x.device)
 
 
 def step_flags(

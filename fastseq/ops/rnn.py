@@ -1,53 +1,37 @@
-"""The operation rnn, one Elman layer in one direction over the whole sequence: checks, schema, fake, autograd, vmap.
+"""The operation rnn, one Elman layer in one direction over the whole sequence: checks, schemas and fakes.
 
-The kernels are :mod:`fastseq.reference.rnn` (every device) and :mod:`fastseq.cpu.rnn` (C++);
-``torch.ops.fastseq.rnn_fwd`` and ``rnn_bwd`` are the ops beneath. Beside ``y`` the tape holds the slope of the
-nonlinearity at every step (see :mod:`fastseq.ops.tape`).
+As :mod:`fastseq.ops.lstm` it is two operations, ``rnn`` and ``rnn_options``. The kernels are
+:mod:`fastseq.reference.rnn` (every device) and :mod:`fastseq.cpu.rnn` (C++). Beside ``y`` the tape holds
+the slope of the nonlinearity at every step (see :mod:`fastseq.ops.tape`).
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fastseq.cpu import rnn as kernels
-from fastseq.ops import transforms
-from fastseq.ops.checks import autocast_dtype, check_kinds, check_shapes, check_time, refuse_shape, under_autocast
-from fastseq.ops.dispatch import library, register_kernels
-from fastseq.ops.flags import step_flags
-from fastseq.ops.needs import NEEDS_STATE, NEEDS_WEIGHTS, NEEDS_X
+from fastseq.ops.checks import (
+    autocast_dtype,
+    check_kinds,
+    check_limits,
+    check_reset_state,
+    check_shapes,
+    refuse_shape,
+    under_autocast,
+)
+from fastseq.ops.flags import checked_flags
+from fastseq.ops.needs import NEEDS_MASK, NEEDS_RESET, NEEDS_STATE, NEEDS_WEIGHTS, NEEDS_X
+from fastseq.ops.operation import NO_BATCH, Operand, Operation, Result
 from fastseq.ops.tape import accumulate_dtype, slopes_shape
-from fastseq.reference.common import gradients
 from fastseq.reference.rnn import NONLINEARITIES
 from fastseq.reference.rnn import rnn_bwd as reference_bwd
 from fastseq.reference.rnn import rnn_fwd as reference_fwd
+from fastseq.reference.rnn import rnn_options_bwd as reference_options_bwd
+from fastseq.reference.rnn import rnn_options_fwd as reference_options_fwd
 
-_INPUTS = "Tensor x, Tensor h0, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? flags"
-_TAGS = (torch.Tag.pt2_compliant_tag,)
-
-_GRADS = "Tensor? grad_y, Tensor? grad_h_n"
-_RESULTS = "(Tensor dx, Tensor dh0, Tensor dw_ih, Tensor dw_hh, Tensor db)"
-
-library.define(
-    f"rnn_fwd({_INPUTS}, str nonlinearity, bool reverse, bool save) -> (Tensor y, Tensor h_n, Tensor slopes)",
-    tags=_TAGS,
-)
-library.define(
-    f"rnn_bwd({_GRADS}, {_INPUTS}, Tensor y, Tensor slopes, str nonlinearity, bool reverse, int needs) -> {_RESULTS}",
-    tags=_TAGS,
-)
-# The same, but free to overwrite the slopes with the gradients: for eager mode, when the graph is not kept.
-library.define(
-    f"rnn_bwd_({_GRADS}, {_INPUTS}, Tensor y, Tensor(a!) slopes, str nonlinearity, bool reverse, int needs)"
-    f" -> {_RESULTS}",
-    tags=_TAGS,
-)
-
-_fwd = torch.ops.fastseq.rnn_fwd.default
-_bwd = torch.ops.fastseq.rnn_bwd.default
-_bwd_ = torch.ops.fastseq.rnn_bwd_.default
+_OPTIONAL = frozenset(("b_ih", "b_hh"))
 
 
 def rnn(
@@ -62,6 +46,10 @@ def rnn(
     reverse: bool = False,
     lengths: Tensor | None = None,
     reset: Tensor | None = None,
+    reset_state: Tensor | None = None,
+    h_mask: Tensor | None = None,
+    grad_clip: float | None = None,
+    recompute: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """One Elman layer in one direction over a whole sequence (Elman 1990).
 
@@ -80,7 +68,14 @@ def rnn(
         lengths: integers ``[B]`` on any device, from 0 to T, in any order: sequence b ends after ``lengths[b]`` steps.
             Its output is zero from there on, and its final state is that of its last valid step.
         reset: bool ``[T, B]``: where true, a new episode starts at step t. No state and no gradient crosses between t
-            and t - 1, in either direction; the episode starts from the zero state.
+            and t - 1, in either direction.
+        reset_state: h that an episode starts from, ``[B, H]``, or ``[T, B, H]``: row t is what step t takes when it is
+            the one that starts (in reverse the step before the one where ``reset`` is true). Zeros if None. It
+            receives gradients.
+        h_mask: ``[B, H]``, multiplies ``h_{t-1}`` before the recurrent product at every step: recurrent dropout, scaled
+            by the caller.
+        grad_clip: dL/dh_t is clipped elementwise to ±grad_clip at every step of the backward.
+        recompute: keep no slopes for the backward but make them again.
 
     Returns:
         ``y [T, B, H]`` and ``h_n [B, H]`` in the dtype of ``x``; the state is that after the last step processed. Under
@@ -88,27 +83,61 @@ def rnn(
 
     Raises:
         TypeError: an argument is no tensor, or has the wrong dtype or device.
-        ValueError: there is no such nonlinearity.
+        ValueError: there is no such nonlinearity, a number is out of range, or ``reset_state`` comes without ``reset``.
         fastseq.ShapeError: an argument has the wrong rank or size, T or H is 0, or a length is out of range.
     """
-    dtype = autocast_dtype(x)
-    if dtype is not None:
-        x, h0, w_ih, w_hh, b_ih, b_hh = (under_autocast(value, dtype) for value in (x, h0, w_ih, w_hh, b_ih, b_hh))
     if nonlinearity not in NONLINEARITIES:
         raise ValueError(f"nonlinearity: expected one of {', '.join(NONLINEARITIES)}, got {nonlinearity!r}")
-    _check(x, h0, w_ih, w_hh, b_ih, b_hh)
     flags = None
     if lengths is not None or reset is not None:
-        check_time(lengths, reset, x.shape[0], x.shape[1])
-        flags = step_flags(lengths, reset, x.shape[0], x.shape[1], reverse, x.device)
-    y, h_n, _slopes = _fwd(x, h0, w_ih, w_hh, b_ih, b_hh, flags, nonlinearity, reverse, False)
+        flags = checked_flags(x, lengths, reset, reverse)
+    if reset_state is not None and reset is None:
+        raise ValueError("reset_state: expected None without reset: there is no step that would take it")
+    options = reset_state, h_mask, grad_clip, recompute
+    return layer(x, h0, w_ih, w_hh, b_ih, b_hh, nonlinearity, flags, reverse, *options)
+
+
+def layer(
+    x: Tensor,
+    h0: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    nonlinearity: str,
+    flags: Tensor | None,
+    reverse: bool,
+    reset_state: Tensor | None = None,
+    h_mask: Tensor | None = None,
+    grad_clip: float | None = None,
+    recompute: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """:func:`rnn` with step flags for its direction instead of ``lengths`` and ``reset``."""
+    dtype = autocast_dtype(x)
+    if dtype is not None:
+        x, h0, w_ih, w_hh, b_ih, b_hh, reset_state, h_mask = (
+            under_autocast(value, dtype) for value in (x, h0, w_ih, w_hh, b_ih, b_hh, reset_state, h_mask)
+        )
+    _check(x, h0, w_ih, w_hh, b_ih, b_hh)
+    if reset_state is None and h_mask is None and grad_clip is None and not recompute:
+        y, h_n, _slopes = _fwd(x, h0, w_ih, w_hh, b_ih, b_hh, flags, nonlinearity, reverse, False)
+        return y, h_n
+    steps, batch, hidden = x.shape[0], x.shape[1], h0.shape[1]
+    check_kinds((("x", x), ("h_mask", h_mask), ("reset_state", reset_state)), frozenset(("h_mask", "reset_state")))
+    check_shapes((("h_mask", h_mask, (batch, hidden), "[B, H]"),))
+    if reset_state is not None:
+        check_reset_state((("reset_state", reset_state, hidden, "H"),), steps, batch)
+        reset_state = reset_state if reset_state.dim() == 3 else reset_state.unsqueeze(0)
+    check_limits((("grad_clip", grad_clip),))
+    settings = nonlinearity, reverse, grad_clip, recompute
+    y, h_n, _slopes = _options_fwd(x, h0, w_ih, w_hh, b_ih, b_hh, flags, reset_state, h_mask, *settings, False)
     return y, h_n
 
 
 def _check(x: Tensor, h0: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None) -> None:
     check_kinds(
         (("x", x), ("h0", h0), ("w_ih", w_ih), ("w_hh", w_hh), ("b_ih", b_ih), ("b_hh", b_hh)),
-        optional=frozenset(("b_ih", "b_hh")),
+        optional=_OPTIONAL,
     )
     if x.dim() != 3:
         refuse_shape("x", "shape [T, B, I]", x.shape)
@@ -129,23 +158,6 @@ def _check(x: Tensor, h0: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | Non
     )
 
 
-# The kernels.
-
-
-def _overwriting_bwd(*args: Any) -> tuple[Tensor, ...]:
-    torch.autograd.graph.increment_version(args[10])
-    return kernels.rnn_bwd(*args, overwrite=True)
-
-
-register_kernels("rnn_fwd", reference_fwd, kernels.rnn_fwd)
-register_kernels("rnn_bwd", reference_bwd, kernels.rnn_bwd)
-register_kernels("rnn_bwd_", reference_bwd, _overwriting_bwd)
-
-
-# Shapes without data, for torch.compile and torch.export.
-
-
-@torch.library.register_fake("fastseq::rnn_fwd", lib=library)
 def _fake_fwd(
     x: Tensor,
     h0: Tensor,
@@ -164,154 +176,71 @@ def _fake_fwd(
     return x.new_empty((steps, batch, hidden)), x.new_empty(h0.shape), slopes
 
 
-def _fake_bwd(
-    grad_y: Tensor | None,
-    grad_h_n: Tensor | None,
-    x: Tensor,
-    h0: Tensor,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None,
-    b_hh: Tensor | None,
-    flags: Tensor | None,
-    y: Tensor,
-    slopes: Tensor,
-    nonlinearity: str,
-    reverse: bool,
-    needs: int,
-) -> tuple[Tensor, ...]:
-    bias = b_hh if b_ih is None else b_ih
-    weights = needs & NEEDS_WEIGHTS
-    asked = (needs & NEEDS_X, needs & NEEDS_STATE, weights, weights, weights)
-    return tuple(
-        x.new_empty(value.shape) if need and value is not None else x.new_empty(0)
-        for need, value in zip(asked, (x, h0, w_ih, w_hh, bias), strict=True)
-    )
+def _fake_options_fwd(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *_, nonlinearity, reverse, _grad_clip, recompute, save = args
+    given: Any = (*args[: len(_INPUTS)], nonlinearity, reverse, save and not recompute)
+    return _fake_fwd(*given)
 
 
-torch.library.register_fake("fastseq::rnn_bwd", _fake_bwd, lib=library)
-torch.library.register_fake("fastseq::rnn_bwd_", _fake_bwd, lib=library)
+_INPUTS = (
+    Operand("x", 1, NEEDS_X),
+    Operand("h0", 0, NEEDS_STATE),
+    Operand("w_ih", NO_BATCH, NEEDS_WEIGHTS),
+    Operand("w_hh", NO_BATCH, NEEDS_WEIGHTS),
+    Operand("b_ih", NO_BATCH, NEEDS_WEIGHTS, optional=True),
+    Operand("b_hh", NO_BATCH, NEEDS_WEIGHTS, optional=True, shares=True),
+    Operand("flags", 1, optional=True),
+)
+_OUTPUTS = Result("y", 1), Result("h_n", 0)
+_TAPE = (Result("slopes", 1),)
+
+_fwd = Operation(
+    "rnn",
+    inputs=_INPUTS,
+    settings=("str nonlinearity", "bool reverse"),
+    outputs=_OUTPUTS,
+    tape=_TAPE,
+    fake=_fake_fwd,
+    reference=(reference_fwd, reference_bwd),
+    cpp=(kernels.rnn_fwd, kernels.rnn_bwd),
+).fwd
 
 
-# Autograd.
+def _used(tensors: Any, settings: Any, with_backward: bool) -> list[str]:
+    """The options that a call uses, from its tensors beyond the plain ones and its settings."""
+    h_reset, h_mask = tensors
+    *_, grad_clip, recompute = settings
+    uses = {
+        "reset_state": h_reset is not None,
+        "h_mask": h_mask is not None,
+        "grad_clip": with_backward and grad_clip is not None,
+        "recompute": with_backward and recompute,
+    }
+    return [option for option, used in uses.items() if used]
 
 
-class RNN(transforms.Function):
-    """``rnn_fwd`` with its backward. When the caller did not ask for the tape, it keeps one that nobody else sees."""
-
-    @staticmethod
-    def forward(ctx: Any, keyset: torch._C.DispatchKeySet, *args: Any) -> tuple[Tensor, ...]:
-        *inputs, nonlinearity, reverse, save = args
-        y, h_n, slopes = transforms.redispatch(_fwd, keyset, *inputs, nonlinearity, reverse, True)
-        ctx.save_for_backward(*inputs, y, slopes)
-        ctx.options = nonlinearity, reverse
-        ctx.private = not save
-        ctx.set_materialize_grads(False)
-        if not save:
-            slopes = slopes.new_empty(0)
-        ctx.mark_non_differentiable(slopes)
-        return y, h_n, slopes
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        grad_y, grad_h_n = grads[:2]
-        if grad_y is None and grad_h_n is None:
-            return (None,) * 11
-        _, need_x, need_h0, *need_weights = ctx.needs_input_grad[:7]
-        needs = NEEDS_X * need_x | NEEDS_STATE * need_h0 | NEEDS_WEIGHTS * any(need_weights)
-        saved = ctx.saved_tensors
-        bwd = _bwd_ if ctx.private and transforms.may_overwrite_tape(saved[-1], grad_y, grad_h_n) else _bwd
-        dx, dh0, dw_ih, dw_hh, db = bwd(grad_y, grad_h_n, *saved, *ctx.options, needs)
-        need_w_ih, need_w_hh, need_b_ih, need_b_hh = need_weights
-        return (
-            None,
-            dx if need_x else None,
-            dh0 if need_h0 else None,
-            dw_ih if need_w_ih else None,
-            dw_hh if need_w_hh else None,
-            db if need_b_ih else None,
-            # Not the same tensor twice, or whoever scales one gradient in place would scale both.
-            (db.clone() if need_b_ih else db) if need_b_hh else None,
-            None,
-            None,
-            None,
-            None,
-        )
+def _used_by_fwd(*args: Any) -> list[str]:
+    return _used(args[len(_INPUTS) : len(_INPUTS) + 2], args[-3:-1], with_backward=args[-1])
 
 
-class RNNBackward(transforms.Function):
-    """``rnn_bwd`` with its own backward: second derivatives go through the reference, whatever kernel served."""
-
-    @staticmethod
-    def forward(ctx: Any, keyset: torch._C.DispatchKeySet, *args: Any) -> tuple[Tensor, ...]:
-        results: tuple[Tensor, ...] = transforms.redispatch(_bwd, keyset, *args)
-        ctx.save_for_backward(*args[:9])  # grad_y … flags: y and the tape are functions of these
-        ctx.options = args[11:]
-        ctx.set_materialize_grads(False)
-        return results
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        *inputs, flags = ctx.saved_tensors
-        asked = ctx.needs_input_grad[1:9]
-
-        def bwd(*inputs: Any) -> tuple[Tensor, ...]:
-            args = [*inputs, flags, inputs[2], inputs[2], *ctx.options]  # anything for y and slopes: they are not used
-            return reference_bwd(*args, differentiable=True)
-
-        results = gradients(bwd, inputs, asked, grads, differentiable=True)
-        return (None, *(grad if need else None for grad, need in zip(results, asked, strict=True)), *(None,) * 6)
+def _used_by_bwd(*args: Any) -> list[str]:
+    first = len(_OUTPUTS) + len(_INPUTS)
+    return _used(args[first : first + 2], args[-3:-1], with_backward=True)
 
 
-def _autograd_fwd(keyset: torch._C.DispatchKeySet, *args: Any) -> tuple[Tensor, ...]:
-    transforms.refuse_forward_mode("rnn_fwd", *args)
-    if torch.is_grad_enabled() and transforms.wants_gradient(*args):
-        return transforms.apply(RNN, keyset, *args)  # type: ignore[no-any-return]
-    return _fwd.redispatch(keyset & transforms.below_autograd, *args)  # type: ignore[no-any-return]
-
-
-def _autograd_bwd(keyset: torch._C.DispatchKeySet, *args: Any) -> tuple[Tensor, ...]:
-    transforms.refuse_forward_mode("rnn_bwd", *args)
-    if torch.is_grad_enabled() and transforms.wants_gradient(*args):
-        return transforms.apply(RNNBackward, keyset, *args)  # type: ignore[no-any-return]
-    return _bwd.redispatch(keyset & transforms.below_autograd, *args)  # type: ignore[no-any-return]
-
-
-def _autograd_bwd_(keyset: torch._C.DispatchKeySet, *args: Any) -> tuple[Tensor, ...]:
-    if torch.is_grad_enabled() and transforms.wants_gradient(*args):
-        raise RuntimeError("fastseq::rnn_bwd_ has no derivative: it overwrites its tape; use fastseq::rnn_bwd")
-    return _bwd_.redispatch(keyset & transforms.below_autograd, *args)  # type: ignore[no-any-return]
-
-
-library.impl("rnn_fwd", _autograd_fwd, "Autograd", with_keyset=True)
-library.impl("rnn_bwd", _autograd_bwd, "Autograd", with_keyset=True)
-library.impl("rnn_bwd_", _autograd_bwd_, "Autograd", with_keyset=True)
-
-
-# vmap: the mapped dimension becomes part of the batch, unless weights or their gradients differ along it.
-
-# The batch dimension of each tensor, in the order of the schemas; -1: a weight, which has none.
-_BATCH_INPUTS = (1, 0, -1, -1, -1, -1, 1)
-_BATCH_BWD = (1, 0, *_BATCH_INPUTS, 1, 1)
-
-
-@torch.library.register_vmap("fastseq::rnn_fwd", lib=library)
-def _vmap_fwd(
-    info: Any, in_dims: tuple[int | None, ...], *args: Any
-) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
-    size = info.batch_size
-    if any(dim is not None for dim in in_dims[2:6]):
-        return transforms.one_by_one(_fwd, size, in_dims, args)
-    results = _fwd(*transforms.fold_all(args, in_dims, size, _BATCH_INPUTS))
-    return transforms.unfold(results, size, (1, 0, 1))
-
-
-@torch.library.register_vmap("fastseq::rnn_bwd", lib=library)
-def _vmap_bwd(
-    info: Any, in_dims: tuple[int | None, ...], *args: Any
-) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
-    size = info.batch_size
-    if args[13] & NEEDS_WEIGHTS or any(dim is not None for dim in in_dims[4:8]):
-        return transforms.one_by_one(_bwd, size, in_dims, args)
-    results = _bwd(*transforms.fold_all(args, in_dims, size, _BATCH_BWD))
-    return transforms.unfold(results, size, (1, 0, -1, -1, -1))
+_options_fwd = Operation(
+    "rnn_options",
+    inputs=(
+        *_INPUTS,
+        Operand("h_reset", 1, NEEDS_RESET, optional=True),  # [1 or T, B, H]
+        Operand("h_mask", 0, NEEDS_MASK, optional=True),
+    ),
+    settings=("str nonlinearity", "bool reverse", "float? grad_clip", "bool recompute"),
+    outputs=_OUTPUTS,
+    tape=_TAPE,
+    fake=_fake_options_fwd,
+    reference=(reference_options_fwd, reference_options_bwd),
+    cpp=(kernels.rnn_options_fwd, kernels.rnn_options_bwd),
+    options_of="rnn",
+    options_used=(_used_by_fwd, _used_by_bwd),
+).fwd

@@ -18,6 +18,9 @@ loop. The columns beyond are finite but undefined. Both are in :func:`accumulate
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+
+from fastseq.ops.flags import PADDING
 
 LANES = 16
 
@@ -41,3 +44,13 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 def slopes_shape(steps: int, batch: int, hidden: int) -> tuple[int, int, int]:
     """The shape of an Elman layer's tape: f'(a_t) of unit ``u`` in column ``u``."""
     return steps, batch, padded(hidden) + LANES
+
+
+def states_of(c: Tensor, gates: Tensor, hidden: int, flags: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cell states ``[T, B, H]`` and gates ``[T, B, 4H]`` of an LSTM's tape in ``dtype``, zero past each end."""
+    c = c[..., :hidden]
+    gates = gates[..., :-LANES].unflatten(-1, (4, -1))[..., :hidden].flatten(-2)
+    if flags is not None:
+        padding = ((flags & PADDING) != 0).unsqueeze(-1)
+        c, gates = c.masked_fill(padding, 0), gates.masked_fill(padding, 0)
+    return c.to(dtype), gates.to(dtype)

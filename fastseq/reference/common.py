@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +23,49 @@ def rounded(h: Tensor, dtype: torch.dtype) -> Tensor:
     if h.dtype == dtype:
         return h
     return h + (h.to(dtype).to(h.dtype) - h).detach()
+
+
+def zoned_out(before: Tensor, fresh: Tensor, zoneout: Tensor | float | None, t: int) -> Tensor:
+    """Zoneout (Krueger et al. 2017): ``before`` where the mask ``bool [T, B, ·]`` says so at step t, or by its rate."""
+    if zoneout is None:
+        return fresh
+    if isinstance(zoneout, Tensor):
+        return torch.where(zoneout[t], before, fresh)
+    return zoneout * before + (1 - zoneout) * fresh
+
+
+def per_step(state: Tensor) -> Tensor:
+    """A reset state ``[B, ·]`` or ``[T, B, ·]`` as ``[1 or T, B, ·]``."""
+    return state if state.dim() == 3 else state.unsqueeze(0)
+
+
+def reset_row(rows: Tensor | None, t: int) -> Tensor | float:
+    """The reset state ``[B, ·]`` that step t takes, of ``[1 or T, B, ·]``; zero if there are none."""
+    return 0.0 if rows is None else rows[t if len(rows) > 1 else 0]
+
+
+class _ClipGradient(torch.autograd.Function):
+    """The identity, whose backward clips the gradient elementwise to ±limit."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(value: Tensor, limit: float) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.limit = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        return grads[0].clamp(-ctx.limit, ctx.limit), None
+
+
+def clip_gradient(value: Tensor, limit: float) -> Tensor:
+    """``value``, whose gradient is clipped elementwise to ±limit in the backward."""
+    clipped: Tensor = _ClipGradient.apply(value, limit)  # type: ignore[no-untyped-call]
+    return clipped
 
 
 def time_masks(
