@@ -69,7 +69,7 @@ def write_json(path: Path, data: dict[str, Any]) -> None:
         raise CommandError(f"cannot write {path}: {error.strerror or error}") from None
 
 
-def add_json_argument(parser: argparse.ArgumentParser) -> None:
+def add_json_argument(parser: "argparse.ArgumentParser | argparse._ArgumentGroup") -> None:
     """The option that every command has."""
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to FILE as JSON too")
 

@@ -100,8 +100,9 @@ class Case:
         return self.item_bytes * (self.gates * self.H * self.P + (self.H * self.P if self.proj_size else 0))
 
 
-# T, B, I, H, layers: from one streaming step to what fills the machine, both sides of every cache, small and odd widths.
-SHAPES = (
+# T, B, I, H, layers: from one streaming step to what fills the machine, on both sides of every cache, odd widths too.
+Shape = tuple[int, int, int, int, int]
+SHAPES: tuple[Shape, ...] = (
     (128, 32, 256, 256, 1),
     (128, 1, 256, 256, 1),
     (1, 1, 256, 256, 1),

@@ -7,6 +7,7 @@ started no threads, since importing it anew would take seconds for each.
 """
 
 import multiprocessing
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -20,7 +21,8 @@ TIMEOUT_SECONDS = 120
 
 def peak_mib(case: Case, provider: str, threads: int) -> float | None:
     """Growth of the resident set in MiB above what layer and input take, during the first calls: results, tape,
-    gradients, scratch memory and packed weights. None where the system does not tell, or the process failed."""
+    gradients, scratch memory and packed weights. A tiny layer has run before, so that the library's code, its threads
+    and autograd's are not counted. None where the system does not tell, or the process failed."""
     if not Path("/proc/self/clear_refs").exists():
         return None
     context = multiprocessing.get_context("forkserver")
@@ -47,6 +49,8 @@ def _measure(case: Case, provider: str, threads: int, answer: Connection) -> Non
     from fastseq.cli.bench.providers import by_name
 
     torch.set_num_threads(threads)
+    tiny = Problem(replace(case, T=2, B=min(case.B, 2 * threads), I=16, H=64, proj_size=case.proj_size and 32))
+    call_of(tiny, by_name(provider).runner(tiny))()
     problem = Problem(case)
     call = call_of(problem, by_name(provider).runner(problem))
     try:

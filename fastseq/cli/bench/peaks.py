@@ -4,12 +4,12 @@ A layer's speed is given in percent of the limit that binds it. That is arithmet
 bandwidth of the cache which holds the recurrent weights: each step reads all of them and uses each number once.
 """
 
-import time
-from functools import lru_cache
+from functools import cache
 
 import torch
 
 from fastseq.cli.bench.cases import Case
+from fastseq.cli.timing import elapsed
 from fastseq.cpu.extension import _cpu
 
 SAMPLES = 7
@@ -19,20 +19,12 @@ READ_SIZES = (16 << 10, 512 << 10, 8 << 20, 256 << 20)  # bytes for each thread:
 
 def _best(work: "_Loop") -> float:
     """Units of work per second, the best of several samples: a peak is what the machine can do undisturbed."""
-    repeats = 1
-    while True:
-        start = time.perf_counter()
-        work(repeats)
-        seconds = time.perf_counter() - start
-        if seconds >= SAMPLE_SECONDS / 2:
-            break
+    repeats, seconds = 1, 0.0
+    while seconds < SAMPLE_SECONDS:
         repeats *= 2
-    best = 0.0
-    for _ in range(SAMPLES):
-        start = time.perf_counter()
-        units = work(repeats)
-        best = max(best, units / (time.perf_counter() - start))
-    return best
+        seconds = min(elapsed(lambda: work(repeats)) for _ in range(3))  # noqa: B023
+    best = min(elapsed(lambda: work(repeats)) for _ in range(SAMPLES))
+    return work(repeats) / best
 
 
 class _Loop:
@@ -47,13 +39,13 @@ class _Loop:
         return float(self.function(self.storage, address, size, repeats, self.threads))
 
 
-@lru_cache(maxsize=None)
+@cache
 def fma_gflops(dtype: str, threads: int) -> float | None:
     """10^9 operations per second of multiply-adds in registers, in "float32" or "float64"; None without the extension."""
     return None if _cpu is None else _best(_Loop("fma_loop", int(dtype == "float64"), None, threads)) / 1e9
 
 
-@lru_cache(maxsize=None)
+@cache
 def read_gbytes(size: int, threads: int) -> float | None:
     """10^9 bytes per second of reading ``size`` bytes again and again, the threads a share each; None without the
     extension."""

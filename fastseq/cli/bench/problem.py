@@ -53,7 +53,9 @@ class Problem:
         T, B = case.T, case.B
         self.input = draw(T, B, case.I)
         self.grad_output = draw(T, B, case.P).to(self.output_dtype)
-        self.state = tuple(draw(case.layers, B, width) for width in ((case.P, case.H) if case.op == "lstm" else (case.H,)))
+        self.state = tuple(
+            draw(case.layers, B, width) for width in ((case.P, case.H) if case.op == "lstm" else (case.H,))
+        )
         self.lengths: Tensor | None = None
         if case.variant in ("lengths", "packed"):
             shortest = round((2 * MEAN_LENGTH - 1) * T)
@@ -83,18 +85,23 @@ class Problem:
         last = self.case.B - 1
         return sorted({round(last * i / max(1, CHECKED_ROWS - 1)) for i in range(CHECKED_ROWS)})
 
-    def part(self, dtype: torch.dtype | None = None) -> "Problem":
-        """The problem with the checked sequences alone, its numbers in ``dtype`` if given."""
+    def of_rows(self, result: Tensor) -> Tensor:
+        """What of a result belongs to the checked sequences: all of it, if it is a weight's gradient."""
+        if result.dim() == 3:  # [T, B, ·]
+            return result[:, self.rows()]
+        return result[self.rows()] if self.case.mode == "step" else result
+
+    def part(self, dtype: torch.dtype) -> "Problem":
+        """The problem with the checked sequences alone, its numbers in ``dtype`` and without autocast."""
         rows = self.rows()
         small = copy.copy(self)
-        small.case = replace(self.case, B=len(rows))
-        small.dtype = dtype or self.dtype
-        if dtype is not None and self.case.variant == "autocast":
-            small.case = replace(small.case, variant="plain")
-        small.layer = copy.deepcopy(self.layer).to(small.dtype)
-        small.input = self.input[:, rows].to(small.dtype)
-        small.grad_output = self.grad_output[:, rows].to(small.output_dtype)
-        small.state = tuple(tensor[:, rows].to(small.dtype) for tensor in self.state)
+        plain = "plain" if self.case.variant == "autocast" else self.case.variant
+        small.case = replace(self.case, B=len(rows), variant=plain)
+        small.dtype = dtype
+        small.layer = copy.deepcopy(self.layer).to(dtype)
+        small.input = self.input[:, rows].to(dtype)
+        small.grad_output = self.grad_output[:, rows].to(dtype)
+        small.state = tuple(tensor[:, rows].to(dtype) for tensor in self.state)
         small.lengths = None if self.lengths is None else self.lengths[rows]
         small.reset = None if self.reset is None else self.reset[:, rows]
         return small
@@ -108,7 +115,11 @@ class Problem:
 
     def names(self) -> list[str]:
         """What :meth:`Runner.training` returns, by name."""
-        return ["output", "gradient of the input", *(f"gradient of {name}" for name, _ in self.layer.named_parameters())]
+        return [
+            "output",
+            "gradient of the input",
+            *(f"gradient of {name}" for name, _ in self.layer.named_parameters()),
+        ]
 
 
 def results(runner: Runner, problem: Problem, grad_output: Tensor) -> dict[str, Tensor]:
@@ -136,43 +147,35 @@ def verify(problem: Problem, runners: Mapping[str, Runner], reference: Callable[
 
     Args:
         problem: what was run.
-        runners: by name. "fastseq" is judged by the tolerance rule of :mod:`fastseq.testing`, all others by
-            :func:`sanity_bound`, since the rule is about this library's kernels.
-        reference: makes the reference's runner of a problem.
+        runners: by name, "torch" among them. "fastseq" is judged by the tolerance rule of :mod:`fastseq.testing` with
+            ``torch.nn``'s error as the yardstick; the others by :func:`sanity_bound`, since that rule is about this
+            library's kernels.
+        reference: makes the runner of the problem's few sequences in float64.
 
     Raises:
         Mismatch: naming the first tensor that is further off than allowed.
     """
     from fastseq import testing
 
-    def by_reference(part: Problem) -> dict[str, Tensor]:
-        with testing.use_implementation("reference"):
-            return results(reference(part), part, part.grad_output)
-
-    rows = problem.rows()
-    truths = by_reference(problem.part(torch.float64))
-    yardstick = by_reference(problem.part()) if "fastseq" in runners else {}
+    part = problem.part(torch.float64)
+    with testing.use_implementation("reference"):
+        truths = results(reference(part), part, part.grad_output)
+    found = {name: results(runner, problem, problem.masked_grad_output()) for name, runner in runners.items()}
     bound = sanity_bound(problem.output_dtype)
-    outputs: dict[str, Tensor] = {}
-    for library, runner in runners.items():
-        for name, whole in results(runner, problem, problem.masked_grad_output()).items():
-            got = whole[rows] if problem.case.mode == "step" else whole
-            if whole.dim() == 3:  # [T, B, ·]
-                got = whole[:, rows]
-            truth = truths[name]
+    for library, tensors in found.items():
+        for name, whole in tensors.items():
+            got, truth = problem.of_rows(whole), truths[name]
             if library == "fastseq":
-                found = testing.compare_tensor(name, got, yardstick[name], truth)
-                ok, error, allowed = found.ok, found.error, found.allowed
+                judged = testing.compare_tensor(name, got, problem.of_rows(found["torch"][name]), truth)
+                ok, error, allowed = judged.ok, judged.error, judged.allowed
             else:
                 error, allowed = _distance(got, truth), bound * truth.abs().max().item()
                 ok = error <= allowed
             if not ok:
                 raise Mismatch(f"{problem.case.key}: {library}: {name}: error {error:.2e}, allowed {allowed:.2e}")
-            if name == "output":
-                outputs[library] = whole
-    if "fastseq" in outputs and "torch" in outputs:
-        error = _distance(outputs["fastseq"], outputs["torch"])
-        allowed = bound * outputs["torch"].abs().max().item()
+    if "fastseq" in found:
+        expected = found["torch"]["output"]
+        error, allowed = _distance(found["fastseq"]["output"], expected), bound * expected.abs().max().item()
         if not error <= allowed:
             raise Mismatch(f"{problem.case.key}: output, all sequences: error {error:.2e}, allowed {allowed:.2e}")
 

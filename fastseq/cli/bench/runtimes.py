@@ -4,7 +4,6 @@ import importlib.util
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy
 import torch
 from torch import Tensor
 
