@@ -69,7 +69,8 @@ def interleaved(
             once = elapsed(call)
         repeats[name] = max(1, round(TARGET_SECONDS / once))
         expected += once * repeats[name]
-    rounds = max(min(rounds, LEAST_ROUNDS), min(rounds, int(seconds / expected) if expected > 0 else rounds))
+    if expected * rounds > seconds:
+        rounds = min(rounds, max(LEAST_ROUNDS, int(seconds / expected)))
     samples: dict[str, list[float]] = {name: [] for name in calls}
     pool: str | None = None
     for round_ in range(rounds):

@@ -69,8 +69,8 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     which.add_argument(
         "--avx2",
         action="store_true",
-        help="then the LSTM's float32 training among the selected cases again, in a process in which fastseq, torch and "
-        "oneDNN are held to AVX2",
+        help="then the LSTM's float32 training among the selected cases again, in a process in which fastseq, torch "
+        "and oneDNN are held to AVX2",
     )
     which.add_argument(
         "--memory", action=argparse.BooleanOptionalAction, help="peak memory of each, in processes of their own"
@@ -95,7 +95,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--compare",
         type=Path,
         metavar="OLD.json",
-        help="name the cases whose ratio to torch fell by more than the spread since that run; exit status 1 if any did",
+        help="name the cases whose ratio to torch fell by more than the spread since that run: exit status 1 if any",
     )
     parser.add_argument("--rows-only", action="store_true", help=argparse.SUPPRESS)  # for the process held to AVX2
     parser.set_defaults(run=run)

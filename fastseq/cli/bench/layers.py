@@ -142,7 +142,7 @@ class Fastseq:
 
 
 class Compiled:
-    """``torch.compile`` of the reference, a loop over time in Python. Compiling takes long, so it has to be asked for."""
+    """``torch.compile`` of the reference, a loop over time in Python; it compiles for long, so it must be asked for."""
 
     name = "compile"
     pool = "openmp"
@@ -176,7 +176,7 @@ class ReferenceLayer(nn.Module):
     def forward(self, input: Tensor) -> tuple[Tensor, None]:
         """The output of the last layer, from zero states."""
         size = self.layer.hidden_size
-        for k, weights in enumerate(self.layer.all_weights):
+        for weights in self.layer.all_weights:
             h = input.new_zeros(input.shape[1], self.layer.proj_size or size)
             states = (h, input.new_zeros(input.shape[1], size)) if self.is_lstm else (h,)
             options = self.options | ({"w_hr": weights[4]} if self.layer.proj_size else {})

@@ -1,4 +1,4 @@
-"""A problem's layer as an ONNX model, written node by node: no tracing, so what is timed is one LSTM or RNN node a layer."""
+"""A problem's layer as an ONNX model, written node by node: what is timed is one LSTM or RNN node for each layer."""
 
 from typing import Any
 

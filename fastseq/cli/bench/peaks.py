@@ -41,7 +41,7 @@ class _Loop:
 
 @cache
 def fma_gflops(dtype: str, threads: int) -> float | None:
-    """10^9 operations per second of multiply-adds in registers, in "float32" or "float64"; None without the extension."""
+    """10^9 operations per second of multiply-adds in registers, "float32" or "float64"; None without the extension."""
     return None if _cpu is None else _best(_Loop("fma_loop", int(dtype == "float64"), None, threads)) / 1e9
 
 
@@ -64,9 +64,11 @@ def percent(case: Case, gflop: float, seconds: float, threads: int) -> tuple[flo
     if case.B == 1:
         limit = read_gbytes(case.recurrent_bytes(), threads)
         passes = 2 if case.mode == "training" else 1
-        return limit and (100 * passes * case.layers * case.T * case.recurrent_bytes() / 1e9 / seconds / limit, "read")
-    limit = fma_gflops("float64" if case.dtype == "float64" else "float32", threads)
-    return limit and (100 * gflop / seconds / limit, "fma")
+        done, name = passes * case.layers * case.T * case.recurrent_bytes() / 1e9, "read"
+    else:
+        limit = fma_gflops("float64" if case.dtype == "float64" else "float32", threads)
+        done, name = gflop, "fma"
+    return None if limit is None else (100 * done / seconds / limit, name)
 
 
 def measured(threads: int) -> dict[str, dict[str, float | None]]:

@@ -1,6 +1,6 @@
 """Two pictures of a run: bars of the ratios, and time against each dimension."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,13 @@ from fastseq.cli.bench.measure import Row
 from fastseq.cli.bench.report import where
 from fastseq.cli.bench.results import Point, Run
 
-COLOURS = {"torch": "tab:gray", "fastseq": "tab:blue", "onnxruntime": "tab:orange", "openvino": "tab:green", "compile": "tab:purple"}  # fmt: skip
+COLOURS = {
+    "torch": "tab:gray",
+    "compile": "tab:purple",
+    "onnxruntime": "tab:orange",
+    "openvino": "tab:green",
+    "fastseq": "tab:blue",
+}
 
 
 def scaling_path(path: Path) -> Path:
@@ -26,19 +32,20 @@ def draw(run: Run, path: Path) -> list[Path]:
     console.require("matplotlib", "--plot")
     from matplotlib.figure import Figure
 
-    written = []
-    for target, make, items in ((path, bars, run.rows), (scaling_path(path), scaling, run.scaling)):
-        if not items:
-            continue
+    pictures: list[tuple[Path, Callable[[Any], None]]] = []
+    if run.rows:
+        pictures.append((path, lambda figure: bars(figure, run.rows)))
+    if run.scaling:
+        pictures.append((scaling_path(path), lambda figure: scaling(figure, run.scaling)))
+    for target, make in pictures:
         figure: Any = Figure()
-        make(figure, items)
+        make(figure)
         figure.text(0.01, 0.002, where(run.environment).replace("`", ""), fontsize=6, color="dimgray")
         try:
             figure.savefig(target, dpi=130)
         except (OSError, ValueError) as error:
             raise console.CommandError(f"cannot write {target}: {error}") from None
-        written.append(target)
-    return written
+    return [target for target, _ in pictures]
 
 
 def bars(figure: Any, rows: Sequence[Row]) -> None:

@@ -7,16 +7,29 @@ from fastseq.cli.bench.measure import Row
 from fastseq.cli.timing import Quantiles
 
 NOTHING = "–"
-HEAD = ("layer", "T, B, I, H, layers", "", "torch ms", "ORT ms", "OpenVINO ms", "fastseq ms", "vs torch (p20–p80)", "GF/s", "% of peak", "MiB")  # fmt: skip
+HEAD = (
+    "layer",
+    "T, B, I, H, layers",
+    "",
+    "torch ms",
+    "ORT ms",
+    "OpenVINO ms",
+    "fastseq ms",
+    "vs torch (p20–p80)",
+    "GF/s",
+    "% of peak",
+    "MiB",
+)
 NUMBERS_FROM = 3  # the columns from here on hold numbers
 GOALS_HEAD = ("goal", "figure", "measured", "must", "aim", "reached")
 
 NOTES = (
     "Medians over interleaved rounds; vs torch is torch's time over fastseq's within a round, with its 20th and 80th "
-    "percentiles: above 1, fastseq is faster. GF/s counts the matrix products of the steps that are no padding; % of peak "
-    "is fastseq's share of this machine's multiply-adds in registers (half types: of float32's) or, marked r, with a batch "
-    "of one, of its bandwidth for reading as many bytes as the recurrent weights have. MiB is how far memory grows during "
-    "fastseq's calls, and during torch's after the stroke. The mode first is the first call of a new shape."
+    "percentiles: above 1, fastseq is faster. GF/s counts the matrix products of the steps that are no padding; % of "
+    "peak is fastseq's share of this machine's multiply-adds in registers (half types: of float32's) or, marked r, "
+    "with a batch of one, of its bandwidth for reading as many bytes as the recurrent weights have. MiB is how far "
+    "memory grows during fastseq's calls, and during torch's after the stroke. The mode first is the first call of a "
+    "new shape."
 )
 
 
@@ -57,10 +70,7 @@ def goal_cells(outcome: Outcome) -> tuple[str, ...]:
     if outcome.value is not None and absent:
         note += f" (without {', '.join(absent)})"
     aim, must = outcome.reaches(goal.aim), outcome.reaches(goal.must)
-    if must is None:
-        reached = "not measured"
-    else:
-        reached = "aim" if aim else "must" if must else "no"
+    reached = "not measured" if must is None else "aim" if aim else "must" if must else "no"
     bound = "at most " if goal.first_over_warm else ""
     aimed = NOTHING if goal.aim is None else f"{goal.aim:g}×"
     return (goal.what, goal.unit.removesuffix(", at most"), value + note, f"{bound}{goal.must:g}×", aimed, reached)
@@ -69,7 +79,8 @@ def goal_cells(outcome: Outcome) -> tuple[str, ...]:
 def where(environment: dict[str, object]) -> str:
     """The machine and the versions in one sentence."""
     facts = {key: value for key, value in environment.items() if value is not None}
-    versions = [f"{name} {facts[key]}" for name, key in (("torch", "torch"), ("onnxruntime", "onnxruntime"), ("OpenVINO", "openvino"), ("Python", "python")) if key in facts]  # fmt: skip
+    shown = {"torch": "torch", "onnxruntime": "onnxruntime", "openvino": "OpenVINO", "python": "Python"}
+    versions = [f"{name} {facts[key]}" for key, name in shown.items() if key in facts]
     return (
         f"{facts['cpu']}, {facts['cores']} cores, {facts['threads']} threads, {facts['instruction_set']}; "
         f"{', '.join(versions)}; {facts['date']}, commit `{str(facts.get('commit', '?'))[:12]}`"
