@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy
 
 TARGET_SECONDS = 0.02  # how long one sample lasts at least, by repeating the call
-SETTLE_SECONDS = 0.01  # a pause between samples of different thread pools
+SETTLE_SECONDS = 0.04  # a pause between samples of different thread pools: onnxruntime spins for 30 ms after a call
 LEAST_ROUNDS = 5
 
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
 
+WIDTH = 150  # of the table in a pipe or a file
 QUICK = Settings(rounds=5, seconds=1.0, memory=False)
 
 DESCRIPTION = """Times the layers of torch.nn, onnxruntime, OpenVINO (where installed) and fastseq side by side: in one
@@ -118,7 +119,7 @@ def run(args: argparse.Namespace) -> int:
     if args.avx2:
         forced.check()
 
-    out = console.make_console()
+    out = console.make_console(WIDTH)
     mismatches: list[str] = []
     if args.results is not None:
         done = results.load(args.results)
@@ -199,7 +200,7 @@ def _show(done: Run, out: "Console", *, rows_only: bool) -> None:
     def table(head: Sequence[str], body: Sequence[Sequence[str]], title: str, numbers: Sequence[int]) -> Table:
         made = Table(title=title, title_justify="left")
         for place, name in enumerate(head):
-            made.add_column(name, justify="right" if place in numbers else "left")
+            made.add_column(name, justify="right" if place in numbers else "left", no_wrap=place > 0)
         for line in body:
             made.add_row(*line)
         return made
