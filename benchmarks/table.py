@@ -26,6 +26,7 @@ def render(run: Run | None) -> str:
     """Where it was measured, the goals, the figures; a sentence when there are no results."""
     if run is None:
         return MISSING
+    providers = report.shown(run.rows)
     rounds = sorted(row.rounds for row in run.rows)
     lines = [
         f"{report.where(run.environment)}. {rounds[0]} to {rounds[-1]} rounds. {report.NOTES}",
@@ -36,7 +37,7 @@ def render(run: Run | None) -> str:
             report.GOALS_HEAD, [report.goal_cells(outcome) for outcome in outcomes(run.rows)], len(report.GOALS_HEAD)
         ),
         "",
-        *table(report.HEAD, [report.cells(row) for row in run.rows], report.NUMBERS_FROM),
+        *table(report.head(providers), [report.cells(row, providers) for row in run.rows], report.NUMBERS_FROM),
     ]
     absent = report.left_out(run.rows)
     if absent:

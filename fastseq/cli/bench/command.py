@@ -205,8 +205,10 @@ def _show(done: Run, out: "Console", *, rows_only: bool) -> None:
             made.add_row(*line)
         return made
 
-    numbers = range(report.NUMBERS_FROM, len(report.HEAD))
-    out.print(table(report.HEAD, [report.cells(row) for row in done.rows], report.where(done.environment), numbers))
+    providers = report.shown(done.rows)
+    head = report.head(providers)
+    body = [report.cells(row, providers) for row in done.rows]
+    out.print(table(head, body, report.where(done.environment), range(report.NUMBERS_FROM, len(head))))
     if rows_only:
         return
     out.print(report.NOTES, markup=False)

@@ -7,19 +7,7 @@ from fastseq.cli.bench.measure import Row
 from fastseq.cli.timing import Quantiles
 
 NOTHING = "–"
-HEAD = (
-    "layer",
-    "T, B, I, H, layers",
-    "",
-    "torch ms",
-    "ORT ms",
-    "OpenVINO ms",
-    "fastseq ms",
-    "vs torch (p20–p80)",
-    "GF/s",
-    "% of peak",
-    "MiB",
-)
+TITLES = {"torch": "torch ms", "compile": "compiled ms", "onnxruntime": "ORT ms", "openvino": "OpenVINO ms"}
 NUMBERS_FROM = 3  # the columns from here on hold numbers
 GOALS_HEAD = ("goal", "figure", "measured", "must", "aim", "reached")
 
@@ -33,7 +21,19 @@ NOTES = (
 )
 
 
-def cells(row: Row) -> tuple[str, ...]:
+def shown(rows: Sequence[Row]) -> list[str]:
+    """The providers beside fastseq that have a column: torch, and those with figures."""
+    return [name for name in TITLES if name == "torch" or any(name in row.figures for row in rows)]
+
+
+def head(providers: Sequence[str]) -> tuple[str, ...]:
+    """The titles of the columns."""
+    milliseconds = (TITLES[name] for name in providers)
+    figures = ("fastseq ms", "vs torch (p20–p80)", "GF/s", "% of peak", "MiB")
+    return ("layer", "T, B, I, H, layers", "", *milliseconds, *figures)
+
+
+def cells(row: Row, providers: Sequence[str]) -> tuple[str, ...]:
     """One row of the table."""
     ours, theirs = row.figures.get("fastseq"), row.figures.get("torch")
 
@@ -46,12 +46,10 @@ def cells(row: Row) -> tuple[str, ...]:
         kind,
         row.case.shape,
         row.case.mode,
-        *(ms(name) for name in ("torch", "onnxruntime", "openvino", "fastseq")),
+        *(ms(name) for name in (*providers, "fastseq")),
         ratio(row.ratios.get("torch")),
         NOTHING if ours is None else f"{ours.gflops:.3g}",
-        NOTHING
-        if ours is None or ours.percent is None
-        else f"{ours.percent:.0f}{' r' if ours.limit == 'read' else ''}",
+        NOTHING if ours is None or ours.percent is None else f"{ours.percent:.0f}" + " r" * (ours.limit == "read"),
         NOTHING if memory == [NOTHING, NOTHING] else " / ".join(memory),
     )
 
@@ -79,8 +77,8 @@ def goal_cells(outcome: Outcome) -> tuple[str, ...]:
 def where(environment: dict[str, object]) -> str:
     """The machine and the versions in one sentence."""
     facts = {key: value for key, value in environment.items() if value is not None}
-    shown = {"torch": "torch", "onnxruntime": "onnxruntime", "openvino": "OpenVINO", "python": "Python"}
-    versions = [f"{name} {facts[key]}" for key, name in shown.items() if key in facts]
+    names = {"torch": "torch", "onnxruntime": "onnxruntime", "openvino": "OpenVINO", "python": "Python"}
+    versions = [f"{name} {facts[key]}" for key, name in names.items() if key in facts]
     return (
         f"{facts['cpu']}, {facts['cores']} cores, {facts['threads']} threads, {facts['instruction_set']}; "
         f"{', '.join(versions)}; {facts['date']}, commit `{str(facts.get('commit', '?'))[:12]}`"
