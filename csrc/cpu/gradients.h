@@ -8,9 +8,8 @@
 namespace fastseq {
 namespace {
 
-// Rows of T * B that one panel block holds, and rows of the result that one pass of the left operand packs.
+// Rows of T * B that one panel block holds.
 constexpr int64_t kBlockRows = 256;
-constexpr int64_t kPackedTiles = 512 / kTileRows;
 
 // The gradients of all gates at all steps: [T * B, stride], gate g of unit u in column g * padded + u.
 template <typename Real>
@@ -39,18 +38,24 @@ struct AccumulateOp {
 
 // One right operand of the weight gradient: T * B rows of `width` numbers, and where their product goes.
 // RowOf(t, b) gives the row's first element, or null for a row of zeros.
-template <typename RowOf>
+template <typename Real, typename RowOf>
 struct RowSource {
   Storage storage;
   int64_t width;
   RowOf row_of;
-  void* out;  // [gates * H, width] in the user's storage
+  void* out;   // [gates * H, width] in the storage of the results
+  Real* sums;  // the same in the arithmetic type where `out` is of another, else null
+
+  PanelRange columns() const { return {0, divide_up(width, kLanes<Real>)}; }
+  Real* target() const { return sums ? sums : static_cast<Real*>(out); }
 };
-template <typename RowOf>
-RowSource<RowOf> row_source(Storage storage, int64_t width, RowOf row_of, void* out) {
-  return {storage, width, row_of, out};
+template <typename Real, typename RowOf>
+RowSource<Real, RowOf> row_source(Storage storage, int64_t width, RowOf row_of, void* out, Real* sums) {
+  return {storage, width, row_of, out, sums};
 }
 
+// dW = sum over rows of gate gradient (left) times x, h_{t-1}, ... (right). Several right operands share one pass,
+// since the left one must be packed: its columns are the product's rows.
 template <typename Real>
 struct WeightGradient {
   GateGradients<Real> d;
@@ -58,60 +63,72 @@ struct WeightGradient {
   Storage storage;  // of the results
 
   static int64_t vectors(int64_t width) { return divide_up(width, kLanes<Real>); }
-  static int64_t panel_numbers(int64_t columns) { return 2 * kBlockRows * vectors(columns) * kLanes<Real>; }
-  static int64_t packed_numbers() { return kPackedTiles * kBlockRows * kTileRows + kTileRows; }
+  // For right operands of so many vectors together.
+  static int64_t panel_numbers(int64_t vectors) { return 2 * kBlockRows * vectors * kLanes<Real>; }
+  static int64_t packed_numbers() { return kPackedTiles * kPackedStride + kTileRows; }
   // Sums are kept in the arithmetic type until they are whole.
   static bool needs_sums(Storage storage) { return is_half(storage); }
 
-  // All threads call it. panels: panel_numbers(width) for all; packed: packed_numbers() of this thread; sums: [gates *
-  // H, width], or null where the storage is the arithmetic type.
-  template <typename RowOf>
-  void run(const RowSource<RowOf>& source, Real* panels, Real* packed, Real* sums, int thread, int threads,
-           Barrier& barrier) const {
-    const int64_t width = source.width, n = kLanes<Real>;
-    const PanelRange columns{0, vectors(width)};
-    Real* out = sums ? sums : static_cast<Real*>(source.out);
+  // All threads call it. panels: panel_numbers() of all sources together, for all threads; packed: packed_numbers() of
+  // this thread.
+  template <typename... Sources>
+  void run(Real* panels, Real* packed, int thread, int threads, Barrier& barrier, const Sources&... sources) const {
     const RowTiles unit_tiles(d.H);
+    const int64_t all_vectors = (sources.columns().vectors() + ...);
     const Range mine = split(d.gates * unit_tiles.count(), threads, thread);
+    const int64_t passes = divide_up(mine.end - mine.begin, kPackedTiles);
     const int64_t blocks = divide_up(d.rows, kBlockRows);
     for (int64_t block = 0; block < blocks; ++block) {
       const Range k = split(d.rows, blocks, block);
+      const int64_t depth = k.end - k.begin;
       // Two buffers by turns: a thread that packs the next block must not overwrite the one still in use.
-      Real* shared = panels + block % 2 * kBlockRows * columns.vectors() * n;
-      const Range packing = split(columns.count(), threads, thread);
-      for (int64_t i = packing.begin; i < packing.end; ++i) pack(source, columns.at(i), k, shared);
+      Real* shared = panels + block % 2 * kBlockRows * all_vectors * kLanes<Real>;
+      Real* to = shared;
+      ((pack_right(sources, k, split(sources.columns().count(), threads, thread), to),
+        to += depth * sources.columns().vectors() * kLanes<Real>),
+       ...);
       barrier.wait(threads);
-      for (int64_t first = mine.begin; first < mine.end; first += kPackedTiles) {
-        const int64_t last = first + kPackedTiles < mine.end ? first + kPackedTiles : mine.end;
-        pack_left(unit_tiles, first, last, k, packed);
-        for (int64_t i = 0; i < columns.count(); ++i) {
-          const Panel panel = columns.at(i);
-          for (int64_t j = first; j < last; ++j) {
-            const int64_t gate = j / unit_tiles.count(), tile = j % unit_tiles.count();
-            const int64_t row = gate * d.H + unit_tiles.first(tile), column = panel.first * n;
-            const AccumulateOp<Real> op{out + row * width + column, width, width - column, block > 0};
-            run_tile<Chains::kOne, ALayout::kColumns, Real>(
-                unit_tiles.height(tile), panel.vectors, op,
-                Product<Real>{shared + panel.first * (k.end - k.begin) * n, k.end - k.begin,
-                              packed + (j - first) * kBlockRows * kTileRows, kTileRows});
-          }
-        }
+      for (int64_t pass = 0; pass < passes; ++pass) {
+        const Range part = split(mine.end - mine.begin, passes, pass);
+        Tile tiles[kPackedTiles];
+        const int count = list_tiles(unit_tiles, mine.begin + part.begin, mine.begin + part.end, tiles);
+        pack_left(tiles, count, k, packed);
+        const Real* from = shared;
+        ((multiply(sources, tiles, count, from, packed, depth, block > 0),
+          from += depth * sources.columns().vectors() * kLanes<Real>),
+         ...);
       }
     }
-    if (sums)
-      for (int64_t j = mine.begin; j < mine.end; ++j) {
-        const int64_t tile = j % unit_tiles.count(), row = j / unit_tiles.count() * d.H + unit_tiles.first(tile);
-        store_rows<Real>(storage, sums + row * width, width, at(source.out, storage, row * width), width,
-                         unit_tiles.height(tile), width);
-      }
+    (store_sums(sources, mine, unit_tiles), ...);
     barrier.wait(threads);
   }
 
  private:
-  template <typename RowOf>
-  void pack(const RowSource<RowOf>& source, const Panel& panel, const Range& k, Real* shared) const {
+  // Rows of the result that one tile holds: units of one gate. `column` is where they stand in the gates' gradients.
+  struct Tile {
+    int64_t row, column;
+    int height;
+  };
+  static constexpr int64_t kPackedTiles = 512 / kTileRows;
+  // One line more than the tile needs: tiles side by side would otherwise fall on the same few cache sets.
+  static constexpr int64_t kPackedStride = kBlockRows * kTileRows + 64 / static_cast<int64_t>(sizeof(Real));
+
+  int list_tiles(const RowTiles& unit_tiles, int64_t first, int64_t last, Tile* tiles) const {
+    int count = 0;
+    for (int64_t i = first; i < last; ++i) {
+      const int64_t gate = i / unit_tiles.count(), tile = i % unit_tiles.count(), unit = unit_tiles.first(tile);
+      tiles[count++] = {gate * d.H + unit, gate * d.padded + unit, unit_tiles.height(tile)};
+    }
+    return count;
+  }
+  template <typename Source>
+  void pack_right(const Source& source, const Range& k, const Range& share, Real* to) const {
+    for (int64_t i = share.begin; i < share.end; ++i) pack_panel(source, source.columns().at(i), k, to);
+  }
+  template <typename Source>
+  void pack_panel(const Source& source, const Panel& panel, const Range& k, Real* to) const {
     const int64_t n = kLanes<Real>;
-    Real* to = shared + panel.first * (k.end - k.begin) * n;
+    to += panel.first * (k.end - k.begin) * n;
     int64_t t = k.begin / B, b = k.begin % B;
     for (int64_t row = k.begin; row < k.end; ++row) {
       const void* from = source.row_of(t, b);
@@ -126,16 +143,39 @@ struct WeightGradient {
       }
     }
   }
-  void pack_left(const RowTiles& unit_tiles, int64_t first, int64_t last, const Range& k, Real* packed) const {
-    for (int64_t row = k.begin; row < k.end; ++row) {
+  void pack_left(const Tile* tiles, int count, const Range& k, Real* packed) const {
+    for (int64_t row = k.begin; row < k.end; ++row, packed += kTileRows) {
       const Real* from = d.data + row * d.stride;
-      Real* to = packed + (row - k.begin) * kTileRows;
-      for (int64_t j = first; j < last; ++j) {
-        const int64_t gate = j / unit_tiles.count(), tile = j % unit_tiles.count();
-        // A tile of fewer rows takes some numbers more, which are not used; the tape's width has room for them.
-        memcpy(to + (j - first) * kBlockRows * kTileRows, from + gate * d.padded + unit_tiles.first(tile),
-               kTileRows * sizeof(Real));
+      // A tile of fewer rows takes some numbers more, which are not used; the tape's width has room for them.
+      for (int i = 0; i < count; ++i)
+        memcpy(packed + i * kPackedStride, from + tiles[i].column, kTileRows * sizeof(Real));
+    }
+  }
+  template <typename Source>
+  void multiply(const Source& source, const Tile* tiles, int count, const Real* panels, const Real* packed,
+                int64_t depth, bool add) const {
+    const int64_t n = kLanes<Real>;
+    const PanelRange columns = source.columns();
+    for (int64_t p = 0; p < columns.count(); ++p) {
+      const Panel panel = columns.at(p);
+      const int64_t column = panel.first * n;
+      for (int i = 0; i < count; ++i) {
+        const AccumulateOp<Real> op{source.target() + tiles[i].row * source.width + column, source.width,
+                                    source.width - column, add};
+        run_tile<Chains::kOne, ALayout::kColumns, Real>(
+            tiles[i].height, panel.vectors, op,
+            Product<Real>{panels + column * depth, depth, packed + i * kPackedStride, kTileRows});
       }
+    }
+  }
+  template <typename Source>
+  void store_sums(const Source& source, const Range& mine, const RowTiles& unit_tiles) const {
+    if (source.sums == nullptr) return;
+    for (int64_t i = mine.begin; i < mine.end; ++i) {
+      const int64_t tile = i % unit_tiles.count(), row = i / unit_tiles.count() * d.H + unit_tiles.first(tile);
+      store_rows<Real>(storage, source.sums + row * source.width, source.width,
+                       at(source.out, storage, row * source.width), source.width, unit_tiles.height(tile),
+                       source.width);
     }
   }
 };

@@ -228,11 +228,14 @@ class RecurrentBackward {
       block_ = carver.take<Real>(threads_ * InputGradient<Real>::block_numbers());
     }
     if (weights()) {
-      const int64_t widest = p_.w_hr && p_.H > p_.P ? p_.H : p_.P, columns = widest > p_.I ? widest : p_.I;
-      panels_ = carver.take<Real>(WeightGradient<Real>::panel_numbers(columns));
+      const int64_t of_gates = divide_up(p_.I, n) + divide_up(p_.P, n), of_h = p_.w_hr ? divide_up(p_.H, n) : 0;
+      panels_ = carver.take<Real>(WeightGradient<Real>::panel_numbers(of_gates > of_h ? of_gates : of_h));
       packed_ = carver.take<Real>(threads_ * WeightGradient<Real>::packed_numbers());
-      const int64_t rows = p_.w_hr && p_.P > Cell::kGates * p_.H ? p_.P : Cell::kGates * p_.H;
-      if (WeightGradient<Real>::needs_sums(p_.storage)) sums_ = carver.take<Real>(rows * columns);
+      if (WeightGradient<Real>::needs_sums(p_.storage)) {
+        sums_ih_ = carver.take<Real>(Cell::kGates * p_.H * p_.I);
+        sums_hh_ = carver.take<Real>(Cell::kGates * p_.H * p_.P);
+        if (p_.w_hr) sums_hr_ = carver.take<Real>(p_.P * p_.H);
+      }
       if (p_.db) db_ = carver.take<Real>(batch_.count() * K);
     }
     progress_stride_ = round_up(batch_.count(), 8);
@@ -277,17 +280,18 @@ class RecurrentBackward {
     if (!weights()) return;
     const WeightGradient<Real> gradient{d, p_.B, p_.storage};
     Real* packed = packed_ + thread * WeightGradient<Real>::packed_numbers();
-    gradient.run(row_source(p_.storage, p_.I, InputRows{p_.storage, p_.x, p_.x_stride_t, p_.x_stride_b}, p_.dw_ih),
-                 panels_, packed, sums_, thread, threads, barrier_);
-    gradient.run(row_source(p_.storage, p_.P,
-                            PreviousHidden<kFlags>{p_.storage, clock_, p_.B, p_.P, p_.flags, p_.y, p_.h0}, p_.dw_hh),
-                 panels_, packed, sums_, thread, threads, barrier_);
+    gradient.run(
+        panels_, packed, thread, threads, barrier_,
+        row_source(p_.storage, p_.I, InputRows{p_.storage, p_.x, p_.x_stride_t, p_.x_stride_b}, p_.dw_ih, sums_ih_),
+        row_source(p_.storage, p_.P, PreviousHidden<kFlags>{p_.storage, clock_, p_.B, p_.P, p_.flags, p_.y, p_.h0},
+                   p_.dw_hh, sums_hh_));
     if (p_.w_hr) {
       constexpr Storage kPlain = sizeof(Real) == 8 ? Storage::kFloat64 : Storage::kFloat32;
       const WeightGradient<Real> projection{
           {dh_, dh_stride_, 1, p_.P, tape_width(p_.P), p_.T * p_.B}, p_.B, p_.storage};
-      projection.run(row_source(kPlain, p_.H, InputRows{kPlain, unprojected_, p_.B * width_, width_}, p_.dw_hr),
-                     panels_, packed, sums_, thread, threads, barrier_);
+      projection.run(
+          panels_, packed, thread, threads, barrier_,
+          row_source(kPlain, p_.H, InputRows{kPlain, unprojected_, p_.B * width_, width_}, p_.dw_hr, sums_hr_));
     }
   }
 
@@ -378,8 +382,8 @@ class RecurrentBackward {
   int64_t width_, gates_stride_, dh_stride_, vectors_, out_vectors_;
   int threads_;
   Real *r_ = nullptr, *w_ = nullptr, *w_hr_ = nullptr, *dc_ = nullptr, *c0_ = nullptr, *dh_ = nullptr;
-  Real *unprojected_ = nullptr, *block_ = nullptr, *panels_ = nullptr, *packed_ = nullptr, *sums_ = nullptr;
-  Real* db_ = nullptr;
+  Real *unprojected_ = nullptr, *block_ = nullptr, *panels_ = nullptr, *packed_ = nullptr;
+  Real *sums_ih_ = nullptr, *sums_hh_ = nullptr, *sums_hr_ = nullptr, *db_ = nullptr;
   int64_t progress_stride_ = 0;
   int64_t* progress_ = nullptr;
   HiddenGradient<Real, kFlags> hidden_{};
