@@ -11,7 +11,7 @@ import pytest
 import torch
 from bench_support import SMALL, row, run_of, spread
 
-from fastseq.cli.bench import forced, goals, memory, peaks, results
+from fastseq.cli.bench import forced, goals, memory, peaks, report, results
 from fastseq.cli.bench.cases import CASES, SHAPES, Case
 from fastseq.cli.bench.layers import FastseqRunner, converted, reference_runner
 from fastseq.cli.bench.measure import new_shapes
@@ -220,6 +220,12 @@ def test_results_survive_the_file() -> None:
     run = run_of([row(SMALL[0], 2.0), row(SMALL[8], 1.5, first=2.0), row(SMALL[9], None, forced_isa="avx2")])
     run.scaling.append(results.Point("T", 5, row(SMALL[1], 2.0)))
     assert results.from_json(results.to_json(run)) == run
+
+
+def test_disturbed_cases_are_named() -> None:
+    quiet, noisy = row(SMALL[0], 2.0), row(SMALL[1], 2.0, forced_isa="avx2")
+    noisy.figures["torch"] = replace(noisy.figures["torch"], ms=spread(4.0, 0.3))
+    assert report.disturbed([quiet, noisy]) == [f"{SMALL[1].key} (avx2 forced)"]
 
 
 def test_changes_need_the_same_case_and_set() -> None:

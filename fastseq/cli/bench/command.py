@@ -217,6 +217,9 @@ def _show(done: Run, out: "Console", *, rows_only: bool) -> None:
         out.print(f"This machine's limits with {done.environment['threads']} threads: {limits}.", markup=False)
     for line in report.left_out(done.rows):
         out.print(f"left out: {line}", markup=False)
+    noisy = report.disturbed(done.rows)
+    if noisy:
+        out.print(f"not quiet: measure these again (--case KEY --update): {', '.join(noisy)}", markup=False)
     goals = [report.goal_cells(outcome) for outcome in outcomes(done.rows) if outcome.measured]
     if goals:
         out.print(table(report.GOALS_HEAD, goals, "goals", (2, 3, 4)))

@@ -3,11 +3,12 @@
 from collections.abc import Iterator, Sequence
 
 from fastseq.cli.bench.goals import Outcome
-from fastseq.cli.bench.measure import Row
+from fastseq.cli.bench.measure import Figures, Row
 from fastseq.cli.timing import Quantiles
 
 NOTHING = "–"
 TITLES = {"torch": "torch ms", "compile": "compiled ms", "onnxruntime": "ORT ms", "openvino": "OpenVINO ms"}
+NOISY = 1.5  # p80 over p20
 NUMBERS_FROM = 3  # the columns from here on hold numbers
 GOALS_HEAD = ("goal", "figure", "measured", "must", "aim", "reached")
 
@@ -96,6 +97,16 @@ def peak_lines(environment: dict[str, object]) -> Iterator[str]:
     for size, value in found["read_gbytes"].items():
         if value is not None:
             yield f"{value:.0f} GB/s reading {size}"
+
+
+def disturbed(rows: Sequence[Row]) -> list[str]:
+    """Keys of the cases in which the samples of torch or fastseq spread so far that the machine cannot have been quiet."""
+    noisy = (row for row in rows if any(_spread(row.figures.get(name)) > NOISY for name in ("torch", "fastseq")))
+    return [row.case.key + (f" ({row.forced_isa} forced)" if row.forced_isa else "") for row in noisy]
+
+
+def _spread(figures: Figures | None) -> float:
+    return 1.0 if figures is None else figures.ms.p80 / figures.ms.p20
 
 
 def left_out(rows: Sequence[Row]) -> list[str]:
