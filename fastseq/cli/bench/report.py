@@ -100,7 +100,7 @@ def peak_lines(environment: dict[str, object]) -> Iterator[str]:
 
 
 def disturbed(rows: Sequence[Row]) -> list[str]:
-    """Keys of the cases in which the samples of torch or fastseq spread so far that the machine cannot have been quiet."""
+    """Keys of the cases in which torch's or fastseq's samples spread so far that the machine cannot have been quiet."""
     noisy = (row for row in rows if any(_spread(row.figures.get(name)) > NOISY for name in ("torch", "fastseq")))
     return [row.case.key + (f" ({row.forced_isa} forced)" if row.forced_isa else "") for row in noisy]
 
