@@ -39,9 +39,11 @@ def test_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert ("torch" in one.ratios) == ("fastseq" in one.figures)
         for figures in one.figures.values():
             assert 0 < figures.ms.p20 <= figures.ms.median <= figures.ms.p80
-            assert figures.gflops > 0
-            assert figures.percent is not None
-            assert figures.limit == ("read" if one.case.B == 1 else "fma")
+            if one.case.mode != "first":  # whose samples have a shape each
+                assert figures.gflops is not None
+                assert figures.gflops > 0
+                assert figures.percent is not None
+                assert figures.limit == ("read" if one.case.B == 1 else "fma")
             assert (figures.first_over_warm is not None) == (one.case.mode == "first")
     # Only what does not exist yet may leave fastseq out.
     assert {one.case.mode for one in run.rows if "fastseq" in one.left_out} <= {"step"}

@@ -20,7 +20,7 @@ class Figures:
     """One provider's figures in one case."""
 
     ms: Quantiles  # per call; of the first call in the mode "first"
-    gflops: float  # 10^9 operations per second at the median
+    gflops: float | None  # 10^9 operations per second at the median; None in the mode "first", whose shapes differ
     percent: float | None  # of the machine's measured limit
     limit: str | None  # which one: "fma" or "read"
     memory_mib: float | None = None
@@ -95,14 +95,15 @@ def measure(
     def figures(name: str) -> Figures:
         spread = quantiles([1e3 * value for value in samples[name]])
         seconds = spread.median / 1e3
-        reached = peaks.percent(case, problem.gflop, seconds, threads)
+        one_shape = case.mode != "first"
+        reached = peaks.percent(case, problem.gflop, seconds, threads) if one_shape else None
         grown = None
         if settings.memory and case.mode in ("forward", "training"):
             grown = memory.peak_mib(case, name, threads)
         over_warm = [first / later for first, later in zip(samples[name], warm.get(name, ()), strict=False)]
         return Figures(
             ms=spread,
-            gflops=problem.gflop / seconds,
+            gflops=problem.gflop / seconds if one_shape else None,
             percent=reached[0] if reached else None,
             limit=reached[1] if reached else None,
             memory_mib=grown,

@@ -12,7 +12,7 @@ from fastseq.cli.bench.cases import Case
 from fastseq.cli.timing import elapsed
 from fastseq.cpu.extension import _cpu
 
-SAMPLES = 7
+SAMPLES = 15
 SAMPLE_SECONDS = 0.01
 READ_SIZES = (16 << 10, 512 << 10, 8 << 20, 256 << 20)  # bytes for each thread: of L1, L2, L3 and DRAM on most machines
 

@@ -49,10 +49,17 @@ def cells(row: Row, providers: Sequence[str]) -> tuple[str, ...]:
         row.case.mode,
         *(ms(name) for name in (*providers, "fastseq")),
         ratio(row.ratios.get("torch")),
-        NOTHING if ours is None else f"{ours.gflops:.3g}",
-        NOTHING if ours is None or ours.percent is None else f"{ours.percent:.0f}" + " r" * (ours.limit == "read"),
+        *speed(None if row.case.mode == "first" else ours),
         NOTHING if memory == [NOTHING, NOTHING] else " / ".join(memory),
     )
+
+
+def speed(figures: Figures | None) -> tuple[str, str]:
+    """GF/s and percent of the limit."""
+    if figures is None or figures.gflops is None:
+        return NOTHING, NOTHING
+    mark = " r" if figures.limit == "read" else ""
+    return f"{figures.gflops:.3g}", NOTHING if figures.percent is None else f"{figures.percent:.0f}{mark}"
 
 
 def ratio(spread: Quantiles | None) -> str:
