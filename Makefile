@@ -27,7 +27,7 @@ KERNEL_FLAGS := -O3 -std=c++17 -ffp-contract=off -fopenmp -Wall -Wextra -Werror 
 AVX2_FLAGS := -mavx2 -mfma -mf16c
 AVX512_FLAGS := $(AVX2_FLAGS) -mavx512f -mavx512dq -mavx512bw -mavx512vl
 
-.PHONY: help install demo test test-full lint bench selftest selftest-arm64 clean
+.PHONY: help install demo test test-full lint bench bench-plot selftest selftest-arm64 clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -48,9 +48,12 @@ lint: install  ## ruff, mypy and clang-format, changing nothing
 	$(BIN)/mypy
 	$(if $(CXX_SOURCES),$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES))
 
-bench: install  ## time both libraries, store benchmarks/results/cpu.json and write the README's table from it
-	$(PY) -m fastseq bench --json benchmarks/results/cpu.json $(ARGS)
+bench: $(STAMPS)/bench  ## time all libraries (12 minutes), store benchmarks/results/cpu.json, write the README's tables
+	$(PY) -m fastseq bench --avx2 --scaling --json benchmarks/results/cpu.json $(ARGS)
 	$(PY) -m benchmarks.table
+
+bench-plot: $(STAMPS)/bench  ## pictures of the stored figures: speed.png and speed-scaling.png
+	$(PY) -m fastseq bench --results benchmarks/results/cpu.json --plot speed.png $(ARGS)
 
 selftest:  ## the C++ kernels against plain loops, without Python (x86-64)
 	@mkdir -p $(SELFTEST)
@@ -89,6 +92,10 @@ $(STAMPS)/requirements: $(STAMPS)/torch requirements-dev.txt
 
 $(STAMPS)/package: $(STAMPS)/requirements $(SOURCES)
 	$(BIN)/pip install --disable-pip-version-check --no-build-isolation --no-deps -e .
+	@touch $@
+
+$(STAMPS)/bench: $(STAMPS)/package requirements-bench.txt
+	$(BIN)/pip install --disable-pip-version-check -r requirements-bench.txt
 	@touch $@
 
 clean:  ## remove builds and caches, and .venv

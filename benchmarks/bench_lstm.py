@@ -3,10 +3,10 @@
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks.compare import parametrize, run_case
-from fastseq.cli.bench import Case, Pair
+from fastseq.cli.bench.cases import Case
 
 
 @parametrize("lstm")
-def bench_lstm(benchmark: BenchmarkFixture, case: Case, mode: str) -> None:
-    """One shape, forward or training."""
-    run_case(benchmark, Pair(case), mode)
+def bench_lstm(benchmark: BenchmarkFixture, case: Case) -> None:
+    """One shape, dtype and mode."""
+    run_case(benchmark, case)

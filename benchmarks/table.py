@@ -1,10 +1,12 @@
-"""``python -m benchmarks.table``: writes the README's table of figures from ``benchmarks/results/cpu.json``."""
+"""``python -m benchmarks.table``: writes the README's tables of figures from ``benchmarks/results/cpu.json``."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from fastseq.cli.bench import cells, row_from_json
+from fastseq.cli.bench import report
+from fastseq.cli.bench.goals import outcomes
+from fastseq.cli.bench.results import Run, from_json
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -14,36 +16,47 @@ END = "<!-- end of figures -->"
 MISSING = "No figures are committed yet: `make bench` measures them on your machine.\n"
 
 
-def render(results: dict[str, Any] | None) -> str:
-    """The table as Markdown, with where it was measured; a sentence when there are no results."""
-    if results is None:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers_from: int) -> list[str]:
+    """Lines of Markdown; the columns from ``numbers_from`` on are aligned to the right."""
+    rule = ["---" if place < numbers_from else "---:" for place in range(len(head))]
+    return ["| " + " | ".join(cells) + " |" for cells in (head, rule, *rows)]
+
+
+def render(run: Run | None) -> str:
+    """Where it was measured, the goals, the figures; a sentence when there are no results."""
+    if run is None:
         return MISSING
-    facts = results["environment"]
+    providers = report.shown(run.rows)
+    rounds = sorted(row.rounds for row in run.rows)
     lines = [
-        f"{facts['cpu']}, {facts['cores']} cores, {facts['threads']} threads, {facts['instruction_set']}; "
-        f"torch {facts['torch']}, Python {facts['python']}; {facts['date']}, commit `{(facts['commit'] or '?')[:12]}`. "
-        f"Medians of {results['rounds']} interleaved rounds; the ratio is torch's time over fastseq's, with its 20th "
-        "and 80th percentiles: above 1, fastseq is faster.",
+        f"{report.where(run.environment)}. {rounds[0]} to {rounds[-1]} rounds. {report.NOTES}",
         "",
-        "| layer | T, B, I, H, layers | | torch.nn, ms | fastseq, ms | ratio |",
-        "|---|---|---|---:|---:|---:|",
+        f"The machine's limits, measured: {', '.join(report.peak_lines(run.environment))}.",
+        "",
+        *table(
+            report.GOALS_HEAD, [report.goal_cells(outcome) for outcome in outcomes(run.rows)], len(report.GOALS_HEAD)
+        ),
+        "",
+        *table(report.head(providers), [report.cells(row, providers) for row in run.rows], report.NUMBERS_FROM),
     ]
-    lines += ["| " + " | ".join(cells(row_from_json(row))) + " |" for row in results["rows"]]
+    absent = report.left_out(run.rows)
+    if absent:
+        lines += ["", "Left out: " + "; ".join(absent) + "."]
     return "\n".join(lines) + "\n"
 
 
-def updated(readme: str, results: dict[str, Any] | None) -> str:
+def updated(readme: str, run: Run | None) -> str:
     """The README with what lies between the markers replaced."""
     before, begin, rest = readme.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
         raise ValueError(f"README: expected the markers {BEGIN!r} and {END!r}")
-    return f"{before}{BEGIN}\n{render(results)}{END}{after}"
+    return f"{before}{BEGIN}\n{render(run)}{END}{after}"
 
 
-def load() -> dict[str, Any] | None:
+def load() -> Run | None:
     """The committed results, or None."""
-    return json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else None
+    return from_json(json.loads(RESULTS.read_text(encoding="utf-8"))) if RESULTS.exists() else None
 
 
 if __name__ == "__main__":

@@ -115,6 +115,21 @@ auto bind(Params (*make)(Arguments...), void (*check)(const Params&)) {
   };
 }
 
+PeakParams peak_params(int storage, Address data, std::int64_t bytes, std::int64_t repeats, int threads) {
+  if (storage != static_cast<int>(Storage::kFloat32) && storage != static_cast<int>(Storage::kFloat64))
+    throw std::invalid_argument("multiply-adds are measured in float32 and float64");
+  if (bytes < 0 || (bytes > 0 && !data) || repeats < 1 || threads < 1)
+    throw std::invalid_argument("bytes, repeats or threads out of range");
+  return {static_cast<Storage>(storage), pointer(data), bytes, repeats, threads};
+}
+
+template <auto kLoop>
+double run_peak(int storage, Address data, std::int64_t bytes, std::int64_t repeats, int threads) {
+  const PeakParams p = peak_params(storage, data, bytes, repeats, threads);
+  const py::gil_scoped_release release;
+  return (current_kernels().*kLoop)(p);
+}
+
 std::vector<std::string> names() {
   std::vector<std::string> found;
   for (const KernelTable* table : runnable_kernels()) found.emplace_back(table->name);
@@ -144,4 +159,6 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("lstm_backward", bind<&KernelTable::lstm_backward>(&backward_params, &check_lstm_backward));
   m.def("rnn_forward", bind<&KernelTable::rnn_forward>(&forward_params, &check_rnn_forward));
   m.def("rnn_backward", bind<&KernelTable::rnn_backward>(&backward_params, &check_rnn_backward));
+  m.def("fma_loop", &run_peak<&KernelTable::fma_loop>);
+  m.def("read_loop", &run_peak<&KernelTable::read_loop>);
 }

@@ -1,6 +1,5 @@
 """The README says what the code and the committed figures say."""
 
-import json
 import re
 import subprocess
 import sys
@@ -11,7 +10,10 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # `benchmarks` is a folder of the checkout, not part of the package
 
+from bench_support import row, run_of  # noqa: E402
+
 from benchmarks import table  # noqa: E402
+from fastseq.cli.bench.cases import Case  # noqa: E402
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 EXAMPLE = ROOT / "examples" / "swap_lstm.py"
@@ -22,14 +24,15 @@ def test_figures_are_those_of_the_results_file():
 
 
 def test_figures_are_rendered_row_by_row():
-    spread = {"median": 2.0, "p20": 1.5, "p80": 2.5}
-    facts = dict.fromkeys(("date", "cpu", "cores", "threads", "instruction_set", "torch", "python"), "x")
-    facts["commit"] = "c" * 40
-    case = {"op": "lstm", "T": 1, "B": 2, "I": 3, "H": 4, "lengths": True}
-    row = {"case": case, "mode": "training", "torch_ms": spread, "fastseq_ms": spread, "ratio": spread}
-    text = table.render({"environment": facts, "rounds": 9, "rows": [row]})
-    assert "| lstm, uneven lengths | 1, 2, 3, 4, 1 | training | 2 | 2 | 2.00 (1.50–2.50) |" in text
+    case = Case("lstm", "training", 128, 32, 256, 256, variant="lengths")
+    text = table.render(run_of([row(case, 4.0), row(Case("lstm", "step", 1, 1, 256, 256), None)]))
+    cells = "lstm, uneven lengths | 128, 32, 256, 256, 1 | training | 8 | 2 | 4.00 (3.60–4.40) | 10 | 25 | 1 / 3"
+    assert f"| {cells} |" in text
     assert "commit `cccccccccccc`" in text
+    assert "| training with uneven lengths vs torch's packing | geometric mean | 4.00× | 3.5× | 6× | must |" in text
+    assert "| streaming step vs torch | geometric mean | – (0 of 1 cases) | 8× | 15× | not measured |" in text
+    assert "100 GF/s float32, 50 GB/s reading 16 KiB per thread." in text
+    assert "Left out: fastseq: not there (1 cases)." in text
 
 
 def test_markers_are_required():
@@ -64,5 +67,5 @@ def test_results_are_from_a_clean_commit():
     results = table.load()
     if results is None:
         pytest.skip("no figures are committed")
-    assert re.fullmatch(r"[0-9a-f]{40}", results["environment"]["commit"]), "figures come from an uncommitted tree"
-    assert json.dumps(results["rows"])
+    assert re.fullmatch(r"[0-9a-f]{40}", results.environment["commit"]), "figures come from an uncommitted tree"
+    assert results.rows

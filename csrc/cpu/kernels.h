@@ -2,6 +2,7 @@
 // else.
 #pragma once
 
+#include "peaks.h"
 #include "recurrence.h"
 
 namespace fastseq {
@@ -16,9 +17,13 @@ void dispatch(const Params& p) {
 }
 
 constexpr KernelTable make_table(const char* name) {
-  return {name, &dispatch<RecurrentForward, LstmCell, ForwardParams>,
-          &dispatch<RecurrentBackward, LstmCell, BackwardParams>, &dispatch<RecurrentForward, ElmanCell, ForwardParams>,
-          &dispatch<RecurrentBackward, ElmanCell, BackwardParams>};
+  return {name,
+          &dispatch<RecurrentForward, LstmCell, ForwardParams>,
+          &dispatch<RecurrentBackward, LstmCell, BackwardParams>,
+          &dispatch<RecurrentForward, ElmanCell, ForwardParams>,
+          &dispatch<RecurrentBackward, ElmanCell, BackwardParams>,
+          &fma_loop,
+          &read_loop};
 }
 
 }  // namespace

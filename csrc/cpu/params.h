@@ -54,8 +54,17 @@ struct BackwardParams {
   int threads;
 };
 
+// For the loops in peaks.h, which reach a limit of the machine.
+struct PeakParams {
+  Storage storage;   // of the multiply-adds: float32 or float64
+  const void* data;  // what is read
+  int64_t bytes, repeats;
+  int threads;
+};
+
 using ForwardFn = void (*)(const ForwardParams&);
 using BackwardFn = void (*)(const BackwardParams&);
+using PeakFn = double (*)(const PeakParams&);  // returns the operations done, or the bytes read
 
 // What one instruction set exports.
 struct KernelTable {
@@ -64,6 +73,7 @@ struct KernelTable {
   BackwardFn lstm_backward;
   ForwardFn rnn_forward;
   BackwardFn rnn_backward;
+  PeakFn fma_loop, read_loop;
 };
 
 }  // namespace fastseq

@@ -33,12 +33,12 @@ def require(name: str, purpose: str) -> ModuleType:
         ) from None
 
 
-def make_console() -> "Console":
-    """Where a command prints: as wide as the terminal, and wide enough for every table in a pipe or a file."""
+def make_console(width: int = 120) -> "Console":
+    """Where a command prints: as wide as the terminal, and ``width`` columns wide in a pipe or a file."""
     from rich.console import Console
 
     out = Console(highlight=False)
-    return out if out.is_terminal else Console(highlight=False, width=120)
+    return out if out.is_terminal else Console(highlight=False, width=width)
 
 
 def check_writable(path: Path) -> None:
@@ -69,7 +69,7 @@ def write_json(path: Path, data: dict[str, Any]) -> None:
         raise CommandError(f"cannot write {path}: {error.strerror or error}") from None
 
 
-def add_json_argument(parser: argparse.ArgumentParser) -> None:
+def add_json_argument(parser: "argparse.ArgumentParser | argparse._ArgumentGroup") -> None:
     """The option that every command has."""
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to FILE as JSON too")
 

@@ -1,5 +1,6 @@
 """Timing that holds on a noisy machine: interleaved rounds, medians with their spread, ratios within a round."""
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -7,6 +8,8 @@ from dataclasses import dataclass
 import numpy
 
 TARGET_SECONDS = 0.02  # how long one sample lasts at least, by repeating the call
+SETTLE_SECONDS = 0.04  # a pause between samples of different thread pools: onnxruntime spins for 30 ms after a call
+LEAST_ROUNDS = 5
 
 
 @dataclass(frozen=True)
@@ -24,30 +27,60 @@ def quantiles(samples: Sequence[float]) -> Quantiles:
     return Quantiles(median, p20, p80)
 
 
+def elapsed(call: Callable[[], object], repeats: int = 1) -> float:
+    """Seconds per call of ``repeats`` calls in a row."""
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    return (time.perf_counter() - start) / repeats
+
+
 def interleaved(
-    calls: Mapping[str, Callable[[], object]], rounds: int, advance: Callable[[], None] = lambda: None
+    calls: Mapping[str, Callable[[], object]],
+    rounds: int,
+    advance: Callable[[float], None] = lambda share: None,
+    *,
+    seconds: float = math.inf,
+    pools: Mapping[str, str] | None = None,
 ) -> dict[str, list[float]]:
     """Times the calls in turn, ``rounds`` times, in an order that is reversed from one round to the next.
 
-    Each sample repeats its call as often as makes it last ``TARGET_SECONDS``, after two calls that are not timed.
+    Each sample repeats its call as often as makes it last ``TARGET_SECONDS``. What has a thread pool of its own wakes
+    it first, by a call that is not timed, after a pause in which the threads of the last pool stop spinning: two pools
+    on the same cores would otherwise slow each other down.
+
+    Args:
+        calls: what to time, by name; each has been called before.
+        rounds: samples of each, at most.
+        advance: called after each round with the share of all rounds that it was.
+        seconds: how long all rounds should last; fewer rounds are run where they would take longer, but at least
+            ``LEAST_ROUNDS`` (or ``rounds``, if that is fewer).
+        pools: the thread pool behind each name (default: one for all).
 
     Returns:
         Seconds per call of each sample, by name; the samples of one round are at the same place in every list.
     """
+    pools = pools or {}
     repeats: dict[str, int] = {}
+    expected = 0.0
     for name, call in calls.items():
-        call()
-        start = time.perf_counter()
-        call()
-        repeats[name] = max(1, round(TARGET_SECONDS / (time.perf_counter() - start)))
+        once = elapsed(call)
+        if once < TARGET_SECONDS:
+            once = elapsed(call)
+        repeats[name] = max(1, round(TARGET_SECONDS / once))
+        expected += once * repeats[name]
+    if expected * rounds > seconds:
+        rounds = min(rounds, max(LEAST_ROUNDS, int(seconds / expected)))
     samples: dict[str, list[float]] = {name: [] for name in calls}
+    pool: str | None = None
     for round_ in range(rounds):
         order = list(calls) if round_ % 2 == 0 else list(calls)[::-1]
         for name in order:
-            call = calls[name]
-            start = time.perf_counter()
-            for _ in range(repeats[name]):
-                call()
-            samples[name].append((time.perf_counter() - start) / repeats[name])
-        advance()
+            if pools.get(name) != pool:
+                pool = pools.get(name)
+                time.sleep(SETTLE_SECONDS)
+                if repeats[name] > 1:
+                    calls[name]()
+            samples[name].append(elapsed(calls[name], repeats[name]))
+        advance(1 / rounds)
     return samples

@@ -1,0 +1,59 @@
+"""The same cases with every library held to AVX2, as on most desktop processors.
+
+fastseq, torch and oneDNN each read their instruction set from the environment when they load, so this needs a process
+of its own.
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from fastseq import cpu
+from fastseq.cli import console
+from fastseq.cli.bench.cases import Case
+from fastseq.cli.bench.results import Run, load
+
+ISA = "avx2"
+ENVIRONMENT = {"FASTSEQ_CPU_ISA": ISA, "ATEN_CPU_CAPABILITY": ISA, "ONEDNN_MAX_CPU_ISA": ISA.upper()}
+
+
+def is_forced() -> bool:
+    """Whether this process runs under :data:`ENVIRONMENT`."""
+    return all(os.environ.get(name) == value for name, value in ENVIRONMENT.items())
+
+
+def applies(case: Case) -> bool:
+    """Whether a case is measured again: the LSTM's float32 training."""
+    return (case.op, case.mode, case.dtype, case.variant, case.proj_size) == ("lstm", "training", "float32", "plain", 0)
+
+
+def check() -> None:
+    """Called before a long run.
+
+    Raises:
+        CommandError: the kernels of that set cannot run here.
+    """
+    if ISA not in cpu.isas():
+        raise console.CommandError(f"--avx2: this installation has no {ISA} kernels for this machine")
+
+
+def run(cases: Sequence[Case], rounds: int, memory: bool) -> Run:
+    """Measures the cases in a child, which draws its own progress bar.
+
+    Raises:
+        CommandError: the child failed; it has said why.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / "forced.json"
+        command = [sys.executable, "-m", "fastseq", "bench", "--rounds", str(rounds), "--json", str(target)]
+        command += ["--threads", str(torch.get_num_threads()), "--memory" if memory else "--no-memory", "--rows-only"]
+        command += [word for case in cases for word in ("--case", case.key)]
+        done = subprocess.run(command, env=os.environ | ENVIRONMENT, check=False)
+        if done.returncode != 0:
+            raise console.CommandError(f"--avx2: the process held to {ISA} ended with status {done.returncode}")
+        return load(target)
