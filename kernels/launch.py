@@ -1,0 +1,114 @@
+"""Starting a kernel: the arguments once, for a GPU, for the interpreter and for compiling ahead of time."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from fastseq.kernels.plan import Plan
+
+#: Whether this process interprets kernels (TRITON_INTERPRET=1 when triton was imported) instead of compiling them.
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch: ``arguments`` are tensors (None: absent) and integers that a kernel is not compiled for, ``constants``
+    those it is compiled for."""
+
+    kernel: Any
+    grid: tuple[int, int]
+    arguments: dict[str, Tensor | int | None]
+    constants: dict[str, Any]
+    warps: int
+    stages: int
+    cooperative: bool
+
+    def run(self) -> None:
+        """Launch on the current stream of the current device."""
+        options: dict[str, Any] = {}
+        if not INTERPRETED:
+            options = {"num_warps": self.warps, "num_stages": self.stages, "launch_cooperative_grid": self.cooperative}
+        self.kernel[self.grid](**self.arguments, **self.constants, **options)
+
+
+def tile_constants(plan: Plan) -> dict[str, Any]:
+    """The constants of every kernel that cuts the recurrent product by a plan."""
+    return {
+        "BB": plan.BB,
+        "BH": plan.BH,
+        "W": plan.warps,
+        "HOLD": plan.hold,
+        "KC": plan.KC,
+        "FULL": plan.full,
+        "LAST": plan.last,
+        "DEPTH": plan.depth,
+        "SYNC": plan.sync,
+        "SIGNALS": signals_per_group(plan),
+        "PRECISION": plan.precision,
+        "INTERPRETED": INTERPRETED,
+    }
+
+
+def signals_per_group(plan: Plan) -> int:
+    """Numbers of a group, a cache line at least, so that groups do not disturb each other."""
+    return max(32, 1 << (plan.programs - 1).bit_length())
+
+
+def new_signals(plan: Plan, device: torch.device) -> Tensor | None:
+    """The signals of a persistent launch, at zero. A call has its own, so calls on several streams do not meet."""
+    if plan.regime != "persistent":
+        return None
+    return torch.zeros(plan.groups * signals_per_group(plan), dtype=torch.int32, device=device)
+
+
+def ranges(plan: Plan, steps: int, backward: bool) -> Iterator[tuple[int, int]]:
+    """``(begin, count)`` of each launch, in the order of the launches: all steps at once, or one each."""
+    if plan.regime != "step":
+        yield 0, steps
+        return
+    for step in reversed(range(steps)) if backward else range(steps):
+        yield step, 1
+
+
+@cache
+def multiprocessors(index: int) -> int:
+    """Multiprocessors of a CUDA device."""
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def programs_at_once(device: torch.device) -> int:
+    """How many programs may wait for each other. The interpreter runs one after the other, so there it is one."""
+    return multiprocessors(device.index) if device.type == "cuda" else 1
+
+
+@contextlib.contextmanager
+def kernel_context(x: Tensor) -> Iterator[None]:
+    """On the device of x, below autograd and autocast: the launchers call torch's products, which must not record a
+    graph or change a dtype."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch._C._AutoDispatchBelowAutograd())
+        if torch.is_autocast_enabled(x.device.type):
+            stack.enter_context(torch.autocast(x.device.type, enabled=False))
+        if x.device.type == "cuda":
+            stack.enter_context(torch.cuda.device(x.device))
+        yield
+
+
+def expect(tensors: Iterable[tuple[str, Tensor | None, tuple[int, ...], torch.dtype]], device: torch.device) -> None:
+    """Checks ``(name, tensor or None, shape, dtype)`` rows, since ``torch.ops`` can be called past the public checks.
+
+    Raises:
+        ValueError: a tensor has another shape, dtype or device than the kernel assumes.
+    """
+    for name, tensor, shape, dtype in tensors:
+        if tensor is not None and (tensor.shape != shape or tensor.dtype != dtype or tensor.device != device):
+            got = f"{list(tensor.shape)} {tensor.dtype} on {tensor.device}"
+            raise ValueError(f"{name}: the kernel expects {list(shape)} {dtype} on {device}, got {got}")

@@ -1,0 +1,196 @@
+"""Which regime and which tile sizes serve a shape. Plain arithmetic: nothing here imports triton or touches a GPU.
+
+- ``resident``: the recurrent weights fit one SM. One program per tile of the batch walks through the whole sequence with
+  the weights and h on chip, and waits for nobody.
+- ``persistent``: the weights are spread over the SMs, each program holding the columns of its units. The programs of one
+  tile of the batch form a group, which exchanges h through the L2 cache and waits for each other once per step. The
+  launch is cooperative: all programs run at once, or it fails.
+- ``step``: one launch per step, for a single step and for what does not fit a cooperative launch.
+
+A group that has several tiles of the batch to do takes one after the other, so any batch size fits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+REGIMES = ("resident", "persistent", "step")
+SYNCS = ("counter", "flags")
+PRECISIONS = ("ieee", "tf32", "tf32x3")
+
+# How much of a program's 256 KiB of registers the weights may take, in bytes, and the accumulators, in numbers. The rest
+# is h on its way, the cell and addresses. tests/test_triton_compile.py finds that nothing is spilled at these figures.
+HELD_BYTES = 104 * 1024
+HELD_BYTES_IEEE = 32 * 1024  # without tensor cores an operand takes registers of its own beside the held weights
+ACCUMULATORS = 2048
+RESIDENT_BYTES = 128 * 1024
+RESIDENT_BYTES_FLOAT32 = 16 * 1024
+BATCH_TILES = (16, 32, 64)
+UNIT_TILES = (4, 8, 16, 32, 64)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one launch computes. ``BB`` and ``BH`` are tiles of the batch and of the units, ``groups`` and ``programs`` the
+    grid (``programs`` in each group), ``warps`` those of a program; ``hold`` keeps the weights in registers. A warp takes
+    ``KC`` of the K dimension at a time, ``full`` times, and then ``last``; ``depth`` of these loads run ahead."""
+
+    regime: str
+    BB: int
+    BH: int
+    programs: int
+    groups: int
+    warps: int
+    stages: int
+    hold: bool
+    KC: int
+    full: int
+    last: int
+    depth: int
+    sync: str
+    precision: str
+
+    def __str__(self) -> str:
+        if self.regime == "resident":
+            return f"resident, {self.groups} programs of {self.BB} sequences"
+        kept = "held" if self.hold else "streamed"
+        return (
+            f"{self.regime}, {self.groups} groups of {self.programs} programs, "
+            f"tiles of {self.BB} sequences by {self.BH} units, weights {kept}"
+        )
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a plan is made for: ``gates`` is 4 for the LSTM and 1 for an Elman layer, ``backward`` which pass."""
+
+    gates: int
+    backward: bool
+    T: int
+    B: int
+    H: int
+    item: int  # bytes of a number: 2 or 4
+
+    @property
+    def K(self) -> int:
+        """The length of the recurrent product: h forwards, the gradients of all gates backwards."""
+        return self.gates * self.H if self.backward else self.H
+
+    def columns(self, BH: int) -> int:
+        """How many columns of weights BH units have."""
+        return BH if self.backward else self.gates * BH
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is at least n."""
+    return 1 << (n - 1).bit_length()
+
+
+_overrides: dict[str, Any] = {}
+
+
+@contextlib.contextmanager
+def override(**fields: Any) -> Iterator[None]:
+    """Inside the ``with`` block plans take these fields as given: ``regime``, ``BB``, ``BH``, ``groups``, ``warps``,
+    ``stages``, ``hold``, ``KC``, ``depth``, ``sync``, ``precision``. For tests and for measuring."""
+    unknown = fields.keys() - {"regime", "BB", "BH", "groups", "warps", "stages", "hold", "KC", "depth", "sync", "precision"}
+    if unknown:
+        raise ValueError(f"override: a plan has no field to choose named {', '.join(sorted(unknown))}")
+    global _overrides
+    before, _overrides = _overrides, _overrides | fields
+    try:
+        yield
+    finally:
+        _overrides = before
+
+
+def choose(shape: Shape, sms: int, precision: str = "ieee", cooperative: bool = True) -> Plan:
+    """The plan for a shape on a GPU of ``sms`` multiprocessors.
+
+    Args:
+        shape: what is to be computed.
+        sms: how many programs can run at once, one on each multiprocessor.
+        precision: of float32 products: "ieee", "tf32" or "tf32x3" (three tf32 products for one). Half types have one only.
+        cooperative: whether a launch can ask that all its programs run at once.
+    """
+    given = _overrides
+    precision = given.get("precision", precision)
+    regime = given.get("regime")
+    if regime is None:
+        if _fits_one_sm(shape):
+            regime = "resident"
+        else:
+            regime = "persistent" if cooperative and shape.T > 1 else "step"
+    if regime == "resident":
+        return _resident(shape, given, precision)
+    return _spread(shape, sms, given, precision, regime)
+
+
+def _fits_one_sm(shape: Shape) -> bool:
+    width = max(16, power_of_two(shape.H))
+    return shape.gates * width * width * shape.item <= (RESIDENT_BYTES if shape.item == 2 else RESIDENT_BYTES_FLOAT32)
+
+
+def _resident(shape: Shape, given: dict[str, Any], precision: str) -> Plan:
+    BB = given.get("BB", 16)
+    width = max(16, power_of_two(shape.H))
+    warps = given.get("warps", 8 if width >= 128 else 4)
+    tiles = -(-shape.B // BB)
+    return Plan("resident", BB, width, 1, tiles, warps, 1, True, width, 1, 0, 1, "counter", precision)
+
+
+def _spread(shape: Shape, sms: int, given: dict[str, Any], precision: str, regime: str) -> Plan:
+    warps = given.get("warps", 8)
+    held_limit = HELD_BYTES_IEEE if shape.item == 4 and precision == "ieee" else HELD_BYTES
+    if precision == "tf32x3":
+        held_limit //= 2
+    together = regime == "persistent"
+    best: tuple[tuple[int, ...], dict[str, Any]] | None = None
+    for BB in (given["BB"],) if "BB" in given else BATCH_TILES:
+        for BH in (given["BH"],) if "BH" in given else UNIT_TILES:
+            columns = shape.columns(BH)
+            programs = -(-shape.H // BH)
+            chosen = "BB" in given and "BH" in given
+            if not chosen and (columns < 8 or BB * columns > ACCUMULATORS or (together and programs > sms)):
+                continue
+            tiles = -(-shape.B // BB)
+            groups = min(tiles, max(1, sms // programs)) if together else tiles
+            groups = given.get("groups", groups)
+            rounds = -(-tiles // groups)
+            # Several programs of a launch per step share an SM in turn.
+            waves = -(-programs * groups // sms)
+            K16 = -(-shape.K // (16 * warps)) * 16 * warps
+            hold = given.get("hold", together and columns * K16 * shape.item <= held_limit)
+            # Few rounds first, weights on chip, little work per program, then few rows of h to fetch.
+            cost = (rounds * waves, 0 if hold else 1, BB * BH, BB)
+            if best is None or cost < best[0]:
+                best = cost, {"BB": BB, "BH": BH, "programs": programs, "groups": groups, "hold": hold}
+    if best is None:  # more units than a cooperative launch can have programs for
+        return replace(_spread(shape, sms, given, precision, "step"))
+    found = best[1]
+    KC = given.get("KC", _chunk(shape, found["BB"], found["hold"], precision, warps))
+    full, rest = divmod(-(-shape.K // (16 * warps)), KC // 16)
+    last = 16 * power_of_two(rest) if rest else 0
+    return Plan(
+        regime=regime,
+        warps=warps,
+        stages=given.get("stages", 1 if found["hold"] else 2),
+        KC=KC,
+        full=full,
+        last=last,
+        depth=given.get("depth", 3),
+        sync=given.get("sync", "counter"),
+        precision=precision,
+        **found,
+    )
+
+
+def _chunk(shape: Shape, BB: int, hold: bool, precision: str, warps: int) -> int:
+    """How much of K a warp takes at once: as much as keeps the chunk of h, all warps together, at about 16 KiB."""
+    if not hold:
+        return 32 if shape.item == 2 else 16
+    KC = max(16, 16 * 1024 // (BB * warps * shape.item))
+    return min(KC, 16 * power_of_two(-(-shape.K // (16 * warps))))
