@@ -61,7 +61,10 @@ def activation(x, NAME: tl.constexpr):
 def weight_chunk(w, columns, columns_ok, stride, START: tl.constexpr, K: tl.constexpr, KC: tl.constexpr, W: tl.constexpr):
     """[W, KC, N]: row k of column n is at w + columns[n] + k * stride."""
     k = (START + tl.arange(0, W)[:, None] * KC + tl.arange(0, KC)[None, :])[:, :, None]
-    return tl.load(w + columns[None, None, :] + k * stride, mask=(k < K) & columns_ok[None, None, :], other=0.0)
+    ok = columns_ok[None, None, :]
+    if START + W * KC > K:
+        ok = ok & (k < K)
+    return tl.load(w + columns[None, None, :] + k * stride, mask=ok, other=0.0)
 
 
 @triton.jit
@@ -89,7 +92,9 @@ def hold_weights(
 def state_chunk(rows, rows_ok, factors, START: tl.constexpr, K: tl.constexpr, KC: tl.constexpr, W: tl.constexpr):
     """[W, BB, KC] of the rows that begin at the pointers ``rows``, from the L2 cache: other programs wrote them."""
     k = (START + tl.arange(0, W)[:, None] * KC + tl.arange(0, KC)[None, :])[:, None, :]
-    ok = (k < K) & rows_ok[None, :, None]
+    ok = rows_ok[None, :, None]
+    if START + W * KC > K:
+        ok = ok & (k < K)
     h = tl.load(rows[None, :, None] + k, mask=ok, other=0.0, cache_modifier=".cg")
     if factors is not None:
         h = h * tl.load(factors[None, :, None] + k, mask=ok, other=0.0)

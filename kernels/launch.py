@@ -20,23 +20,38 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch: ``arguments`` are tensors (None: absent) and integers that a kernel is not compiled for, ``constants``
-    those it is compiled for."""
+    """One launch by a plan: ``arguments`` are tensors (None: absent) and integers that a kernel is not compiled for,
+    ``constants`` those it is compiled for."""
 
     kernel: Any
-    grid: tuple[int, int]
+    plan: Plan
     arguments: dict[str, Tensor | int | None]
     constants: dict[str, Any]
-    warps: int
-    stages: int
-    cooperative: bool
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Programs along each axis: those of a group, and the groups."""
+        return (self.plan.programs, self.plan.groups) if self.plan.regime != "resident" else (self.plan.groups, 1)
 
     def run(self) -> None:
         """Launch on the current stream of the current device."""
         options: dict[str, Any] = {}
         if not INTERPRETED:
-            options = {"num_warps": self.warps, "num_stages": self.stages, "launch_cooperative_grid": self.cooperative}
+            options = compile_options(self, torch.version.hip is not None)
         self.kernel[self.grid](**self.arguments, **self.constants, **options)
+
+
+def compile_options(launch: Launch, hip: bool) -> dict[str, Any]:
+    """What a compiled launch is told besides its constants."""
+    options: dict[str, Any] = {
+        "num_warps": launch.plan.warps,
+        "num_stages": launch.plan.stages,
+        "launch_cooperative_grid": launch.plan.regime == "persistent",
+    }
+    if not hip:
+        # A program has a multiprocessor to itself. Left alone, ptxas saves registers for a second one, and spills for it.
+        options["maxnreg"] = min(255, 65536 // (32 * launch.plan.warps))
+    return options
 
 
 def tile_constants(plan: Plan) -> dict[str, Any]:
@@ -55,6 +70,11 @@ def tile_constants(plan: Plan) -> dict[str, Any]:
         "PRECISION": plan.precision,
         "INTERPRETED": INTERPRETED,
     }
+
+
+def resident_constants(plan: Plan) -> dict[str, Any]:
+    """The constants of every resident kernel."""
+    return {"BB": plan.BB, "BH": plan.BH, "PREFETCH": plan.depth > 0, "PRECISION": plan.precision}
 
 
 def signals_per_group(plan: Plan) -> int:

@@ -31,9 +31,17 @@ from fastseq.kernels.launch import (
     new_signals,
     programs_at_once,
     ranges,
+    resident_constants,
     tile_constants,
 )
-from fastseq.kernels.products import input_precision, padded_gates, product, wide_product
+from fastseq.kernels.products import (
+    input_precision,
+    padded_gates,
+    previous_states,
+    product,
+    wide_product,
+    wide_state,
+)
 from fastseq.ops.needs import NEEDS_STATE, NEEDS_WEIGHTS, NEEDS_X
 from fastseq.ops.tape import padded, tape_shapes
 
@@ -66,7 +74,7 @@ def store_gates(gates, ok, gate_stride, values):
 
 
 @triton.jit
-def load_rows_of_four(values, u, ok, H: tl.constexpr, ROWS: tl.constexpr):
+def load_unit_rows(values, u, ok, H: tl.constexpr, ROWS: tl.constexpr):
     """Rows ``[BH]`` of a ``[ROWS, H]`` array, as ``[1, BH]`` in float32; of None, zeros that the compiler drops."""
     rows = ()
     for i in tl.static_range(ROWS):
@@ -191,9 +199,9 @@ def lstm_forward_spread(
     held = ()
     if HOLD:
         held = hold_weights(w_hh, columns, column < H, 1, H, KC, FULL, LAST, W)
-    bias_ih = load_rows_of_four(b_ih, u, u < H, H, 4)
-    bias_hh = load_rows_of_four(b_hh, u, u < H, H, 4)
-    p = load_rows_of_four(peephole, u, u < H, H, 3)
+    bias_ih = load_unit_rows(b_ih, u, u < H, H, 4)
+    bias_hh = load_unit_rows(b_hh, u, u < H, H, 4)
+    p = load_unit_rows(peephole, u, u < H, H, 3)
     if signals is not None:
         signals += group * SIGNALS
     epoch = 0
@@ -330,7 +338,7 @@ def lstm_backward_spread(
     held = ()
     if HOLD:
         held = hold_weights(w_hh, u, unit_ok, H, 4 * H, KC, FULL, LAST, W)
-    p = load_rows_of_four(peephole, u, unit_ok, H, 3)
+    p = load_unit_rows(peephole, u, unit_ok, H, 3)
     if signals is not None:
         signals += group * SIGNALS
     epoch = 0
@@ -453,6 +461,7 @@ def lstm_forward_resident(
     SAVE: tl.constexpr,
     BB: tl.constexpr,
     BH: tl.constexpr,
+    PREFETCH: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """A tile of the batch through all steps; arguments as of :func:`lstm_forward_spread`, BH at least H."""
@@ -468,23 +477,27 @@ def lstm_forward_resident(
     r_f = resident_weights(w_hh, 1, H, BH, False)
     r_g = resident_weights(w_hh, 2, H, BH, False)
     r_o = resident_weights(w_hh, 3, H, BH, False)
-    bias_ih = load_rows_of_four(b_ih, u, u < H, H, 4)
-    bias_hh = load_rows_of_four(b_hh, u, u < H, H, 4)
-    p = load_rows_of_four(peephole, u, u < H, H, 3)
+    bias_ih = load_unit_rows(b_ih, u, u < H, H, 4)
+    bias_hh = load_unit_rows(b_hh, u, u < H, H, 4)
+    p = load_unit_rows(peephole, u, u < H, H, 3)
     c = tl.load(c_state + state, mask=ok, other=0.0)
     h = tl.load(h_state + state, mask=ok, other=0.0)
     row = b
     if REVERSE:
         row = (T - 1) * batch + b
-    x_i, x_f, x_g, x_o = load_gates(gates + row[:, None] * stride + u[None, :], ok, HP)
+    if PREFETCH:  # a step ahead, where the registers suffice
+        x_i, x_f, x_g, x_o = load_gates(gates + row[:, None] * stride + u[None, :], ok, HP)
     for step in range(0, T):
         own = row[:, None] * H + u[None, :]
         tape = gates + row[:, None] * stride + u[None, :]
         after = row + batch
         if REVERSE:
             after = row - batch
-        next_tape = gates + after[:, None] * stride + u[None, :]
-        n_i, n_f, n_g, n_o = load_gates(next_tape, ok & (step + 1 < T), HP)
+        if PREFETCH:
+            next_tape = gates + after[:, None] * stride + u[None, :]
+            n_i, n_f, n_g, n_o = load_gates(next_tape, ok & (step + 1 < T), HP)
+        else:
+            x_i, x_f, x_g, x_o = load_gates(tape, ok, HP)
         row_flags = None
         if flags is not None:
             row_flags = tl.load(flags + row, mask=row_ok, other=0).to(tl.int32)
@@ -512,7 +525,8 @@ def lstm_forward_resident(
         if SAVE:
             store_gates(tape, tape_ok, HP, (i, f, g, o))
             tl.store(c_tape + row[:, None] * HP + u[None, :], c, mask=tape_ok)
-        x_i, x_f, x_g, x_o = n_i, n_f, n_g, n_o
+        if PREFETCH:
+            x_i, x_f, x_g, x_o = n_i, n_f, n_g, n_o
         row = after
     tl.store(c_state + state, c, mask=ok)
     tl.store(h_state + state, h, mask=ok)
@@ -542,6 +556,7 @@ def lstm_backward_resident(
     REVERSE: tl.constexpr,
     BB: tl.constexpr,
     BH: tl.constexpr,
+    PREFETCH: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """As :func:`lstm_backward_spread`; ``dh_state`` receives all that reaches h0 but the first step's product."""
@@ -557,7 +572,7 @@ def lstm_backward_resident(
     r_f = resident_weights(w_hh, 1, H, BH, True)
     r_g = resident_weights(w_hh, 2, H, BH, True)
     r_o = resident_weights(w_hh, 3, H, BH, True)
-    p = load_rows_of_four(peephole, u, u < H, H, 3)
+    p = load_unit_rows(peephole, u, u < H, H, 3)
     kind = dgates.dtype.element_ty
     dh = tl.load(dh_state + state, mask=ok, other=0.0)
     dc = tl.load(dc_state + state, mask=ok, other=0.0)
@@ -658,10 +673,10 @@ def _check(
     return steps, batch, hidden
 
 
-def plan_for(steps: int, batch: int, hidden: int, dtype: torch.dtype, device: torch.device, backward: bool) -> Any:
-    """The :class:`~fastseq.kernels.plan.Plan` that a call of this shape takes."""
+def plan_for(steps: int, batch: int, hidden: int, dtype: torch.dtype, device: torch.device, backward: bool) -> planning.Plan:
+    """The plan that a call of this shape takes."""
     shape = planning.Shape(4, backward, steps, batch, hidden, dtype.itemsize)
-    return planning.choose(shape, programs_at_once(device), input_precision() if dtype == torch.float32 else "ieee")
+    return planning.choose(shape, programs_at_once(device), input_precision(dtype))
 
 
 def _dense(tensor: Tensor | None) -> Tensor | None:
@@ -712,23 +727,12 @@ def forward_launches(
     }
     constants = {"H": hidden, "HP": padded(hidden), "REVERSE": reverse, "SAVE": c is not None}
     if plan.regime == "resident":
-        constants |= {"BB": plan.BB, "BH": plan.BH, "PRECISION": plan.precision}
-        yield Launch(lstm_forward_resident, (plan.groups, 1), common, constants, plan.warps, plan.stages, False)
+        yield Launch(lstm_forward_resident, plan, common, constants | resident_constants(plan))
         return
     common |= {"h0": h0, "signals": new_signals(plan, y.device)}
-    grid = (plan.programs, plan.groups)
     for begin, count in ranges(plan, steps, backward=False):
         arguments = common | {"begin": begin, "count": count}
-        cooperative = plan.regime == "persistent"
-        yield Launch(
-            lstm_forward_spread,
-            grid,
-            arguments,
-            constants | tile_constants(plan),
-            plan.warps,
-            plan.stages,
-            cooperative,
-        )
+        yield Launch(lstm_forward_spread, plan, arguments, constants | tile_constants(plan))
 
 
 def backward_launches(
@@ -771,23 +775,12 @@ def backward_launches(
     }
     constants = {"H": c0.shape[1], "HP": width, "REVERSE": reverse}
     if plan.regime == "resident":
-        constants |= {"BB": plan.BB, "BH": plan.BH, "PRECISION": plan.precision}
-        yield Launch(lstm_backward_resident, (plan.groups, 1), common, constants, plan.warps, plan.stages, False)
+        yield Launch(lstm_backward_resident, plan, common, constants | resident_constants(plan))
         return
     common |= {"signals": new_signals(plan, c.device)}
-    grid = (plan.programs, plan.groups)
     for begin, count in ranges(plan, steps, backward=True):
         arguments = common | {"begin": begin, "count": count}
-        cooperative = plan.regime == "persistent"
-        yield Launch(
-            lstm_backward_spread,
-            grid,
-            arguments,
-            constants | tile_constants(plan),
-            plan.warps,
-            plan.stages,
-            cooperative,
-        )
+        yield Launch(lstm_backward_spread, plan, arguments, constants | tile_constants(plan))
 
 
 def lstm_fwd(
@@ -906,7 +899,7 @@ def lstm_bwd(
         none = x.new_empty(0)
         in_place = overwrite and x.dtype == torch.float32 and hidden == padded(hidden) and peephole is None
         dgates = gates if in_place else x.new_empty((steps, batch, 4 * hidden))
-        dh0, dc0 = _wide_state(grad_h_n, h0), _wide_state(grad_c_n, c0)
+        dh0, dc0 = wide_state(grad_h_n, h0), wide_state(grad_c_n, c0)
         gates, w_hh = gates.contiguous(), w_hh.contiguous()
         if batch:
             plan = plan_for(steps, batch, hidden, x.dtype, x.device, backward=True)
@@ -957,32 +950,6 @@ def lstm_bwd_(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
     """:func:`lstm_bwd`, free to overwrite the gates (the argument at place 14)."""
     torch.autograd.graph.increment_version(args[14])
     return lstm_bwd(*args, **kwargs, overwrite=True)
-
-
-def _wide_state(grad: Tensor | None, state: Tensor) -> Tensor:
-    """A gradient that arrives at a final state, in float32 memory that the kernel carries it in."""
-    if grad is None:
-        return torch.zeros(state.shape, dtype=torch.float32, device=state.device)
-    return grad.to(torch.float32, copy=True).contiguous()
-
-
-def previous_states(
-    y: Tensor, h0: Tensor, flags: Tensor | None, reverse: bool, h_mask: Tensor | None = None
-) -> Tensor:
-    """h_{t-1} as step t's product saw it, ``[T, B, P]``: y a step earlier, but h0 after padding and at the start, zero
-    after a cut, and times ``h_mask``."""
-    first = h0.unsqueeze(0)
-    before = torch.cat([y[1:], first]) if reverse else torch.cat([first, y[:-1]])
-    if flags is not None:
-        padding = (flags & 2).bool()
-        gone = torch.zeros_like(padding)  # whether the step before was padding
-        if reverse:
-            gone[:-1] = padding[1:]
-        else:
-            gone[1:] = padding[:-1]
-        before = torch.where(gone.unsqueeze(2), h0, before)
-        before = before.masked_fill((flags & 1).bool().unsqueeze(2), 0.0)
-    return before if h_mask is None else before * h_mask
 
 
 def _peephole_gradient(

@@ -137,16 +137,19 @@ def _fits_one_sm(shape: Shape) -> bool:
 def _resident(shape: Shape, given: dict[str, Any], precision: str) -> Plan:
     BB = given.get("BB", 16)
     width = max(16, power_of_two(shape.H))
-    warps = given.get("warps", 8 if width >= 128 else 4)
+    warps = given.get("warps", 8 if width >= 64 else 4)
     tiles = -(-shape.B // BB)
-    return Plan("resident", BB, width, 1, tiles, warps, 1, True, width, 1, 0, 1, "counter", precision)
+    depth = given.get("depth", 0 if shape.gates * width >= 512 else 1)
+    return Plan("resident", BB, width, 1, tiles, warps, 1, True, width, 1, 0, depth, "counter", precision)
 
 
 def _spread(shape: Shape, sms: int, given: dict[str, Any], precision: str, regime: str) -> Plan:
     warps = given.get("warps", 8)
-    held_limit = HELD_BYTES_IEEE if shape.item == 4 and precision == "ieee" else HELD_BYTES
-    if precision == "tf32x3":
-        held_limit //= 2
+    held_limit, accumulators = HELD_BYTES, ACCUMULATORS
+    if shape.item == 4 and precision == "ieee":
+        held_limit = HELD_BYTES_IEEE
+    if precision == "tf32x3":  # each operand is two
+        held_limit, accumulators = held_limit // 4, accumulators // 2
     together = regime == "persistent"
     best: tuple[tuple[int, ...], dict[str, Any]] | None = None
     for BB in (given["BB"],) if "BB" in given else BATCH_TILES:
@@ -154,7 +157,7 @@ def _spread(shape: Shape, sms: int, given: dict[str, Any], precision: str, regim
             columns = shape.columns(BH)
             programs = -(-shape.H // BH)
             chosen = "BB" in given and "BH" in given
-            if not chosen and (columns < 8 or BB * columns > ACCUMULATORS or (together and programs > sms)):
+            if not chosen and (columns < 8 or BB * columns > accumulators or (together and programs > sms)):
                 continue
             tiles = -(-shape.B // BB)
             groups = min(tiles, max(1, sms // programs)) if together else tiles
@@ -181,7 +184,7 @@ def _spread(shape: Shape, sms: int, given: dict[str, Any], precision: str, regim
         KC=KC,
         full=full,
         last=last,
-        depth=given.get("depth", 3),
+        depth=given.get("depth", 2),
         sync=given.get("sync", "counter"),
         precision=precision,
         **found,
@@ -191,6 +194,6 @@ def _spread(shape: Shape, sms: int, given: dict[str, Any], precision: str, regim
 def _chunk(shape: Shape, BB: int, hold: bool, precision: str, warps: int) -> int:
     """How much of K a warp takes at once: as much as keeps the chunk of h, all warps together, at about 16 KiB."""
     if not hold:
-        return 32 if shape.item == 2 else 16
+        return 16
     KC = max(16, 16 * 1024 // (BB * warps * shape.item))
     return min(KC, 16 * power_of_two(-(-shape.K // (16 * warps))))

@@ -35,9 +35,38 @@ def padded_gates(weight: Tensor, gates: int, width: int) -> Tensor:
     return padded.flatten(0, 1)
 
 
-def input_precision() -> str:
-    """The precision that torch is set to for float32 products on CUDA: "tf32" where allowed, else "ieee"."""
+def input_precision(dtype: torch.dtype) -> str:
+    """The precision that torch is set to for float32 products on CUDA: "tf32" where allowed, else "ieee", as for half
+    types, where it means nothing."""
+    if dtype != torch.float32:
+        return "ieee"
     matmul = torch.backends.cuda.matmul
     if hasattr(matmul, "fp32_precision"):
         return "tf32" if matmul.fp32_precision == "tf32" else "ieee"
     return "tf32" if matmul.allow_tf32 else "ieee"
+
+
+def wide_state(grad: Tensor | None, state: Tensor) -> Tensor:
+    """A gradient that arrives at a final state, in float32 memory that the kernel carries it in."""
+    if grad is None:
+        return torch.zeros(state.shape, dtype=torch.float32, device=state.device)
+    return grad.to(torch.float32, copy=True).contiguous()
+
+
+def previous_states(
+    y: Tensor, h0: Tensor, flags: Tensor | None, reverse: bool, h_mask: Tensor | None = None
+) -> Tensor:
+    """h_{t-1} as step t's product saw it, ``[T, B, P]``: y a step earlier, but h0 after padding and at the start, zero
+    after a cut, and times ``h_mask``."""
+    first = h0.unsqueeze(0)
+    before = torch.cat([y[1:], first]) if reverse else torch.cat([first, y[:-1]])
+    if flags is not None:
+        padding = (flags & 2).bool()
+        gone = torch.zeros_like(padding)  # whether the step before was padding
+        if reverse:
+            gone[:-1] = padding[1:]
+        else:
+            gone[1:] = padding[:-1]
+        before = torch.where(gone.unsqueeze(2), h0, before)
+        before = before.masked_fill((flags & 1).bool().unsqueeze(2), 0.0)
+    return before if h_mask is None else before * h_mask
