@@ -1,8 +1,9 @@
 """What the Triton kernels share: activations, the recurrent product, and waiting for the other programs of a grid.
 
 The recurrent product is cut over K between the warps of a program: each warp multiplies its own slice of h with its own
-slice of the weights, and one sum over the warps ends it. So with w warps a lane holds 1/w of a weight column instead of
-all of it, which is what lets a slice of the recurrent weights stay in registers for a whole sequence.
+slice of the weights, and one sum over the warps ends it. So a program can own a few units only, which spreads the work
+over all multiprocessors, and still use all its warps. Weights that are loaded before the loop over time stay in shared
+memory for the whole sequence.
 
 Everything here also runs in Triton's interpreter, so there is no libdevice, and inline assembly only where a constant
 says that the kernel is compiled.

@@ -12,7 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
-from fastseq.kernels.plan import Plan
+from fastseq.kernels.plan import H100, Chip, Plan
 
 #: Whether this process interprets kernels (TRITON_INTERPRET=1 when triton was imported) instead of compiling them.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
@@ -99,14 +99,15 @@ def ranges(plan: Plan, steps: int, backward: bool) -> Iterator[tuple[int, int]]:
 
 
 @cache
-def multiprocessors(index: int) -> int:
-    """Multiprocessors of a CUDA device."""
-    return torch.cuda.get_device_properties(index).multi_processor_count
+def _chip(index: int) -> Chip:
+    facts = torch.cuda.get_device_properties(index)
+    return Chip(facts.multi_processor_count, facts.shared_memory_per_block_optin)
 
 
-def programs_at_once(device: torch.device) -> int:
-    """How many programs may wait for each other. The interpreter runs one after the other, so there it is one."""
-    return multiprocessors(device.index) if device.type == "cuda" else 1
+def chip_of(device: torch.device) -> Chip:
+    """What a plan has to know of a device. The interpreter runs programs one after the other, so there one is all that
+    may wait for each other."""
+    return _chip(device.index) if device.type == "cuda" else Chip(1, H100.shared)
 
 
 @contextlib.contextmanager

@@ -26,10 +26,10 @@ from fastseq.kernels import plan as planning
 from fastseq.kernels.device import CUT, PADDING, arrive, hold_weights, logistic, recurrent_product, tanh, wait
 from fastseq.kernels.launch import (
     Launch,
+    chip_of,
     expect,
     kernel_context,
     new_signals,
-    programs_at_once,
     ranges,
     resident_constants,
     tile_constants,
@@ -45,8 +45,9 @@ from fastseq.kernels.products import (
 from fastseq.ops.needs import NEEDS_STATE, NEEDS_WEIGHTS, NEEDS_X
 from fastseq.ops.tape import padded, tape_shapes
 
-# Not part of what a kernel is compiled for: a new length, batch or position compiles nothing.
-_RUN_TIME = ["T", "B", "begin", "count", "gates_stride", "dgates_stride"]
+# Not part of what a kernel is compiled for: a new length, batch or position compiles nothing. (Strides are, since the
+# width of a load depends on what divides them.)
+_RUN_TIME = ["T", "B", "begin", "count"]
 
 
 # One step of the cell on tiles [BB, BH] in float32. Loads come first in each kernel, so that they are under way while
@@ -149,7 +150,7 @@ def split_backward(dh, dc, row_flags, own, ok, zoneout_h, zoneout_c):
 
 @triton.jit(do_not_specialize=_RUN_TIME)
 def lstm_forward_spread(
-    gates,  # [T, B, gates_stride] float32: in, the input projection; out, the gates after activation (SAVE)
+    gates,  # [T, B, GATES_STRIDE] float32: in, the input projection; out, the gates after activation (SAVE)
     w_hh,  # [4H, H]
     b_ih,  # [4H] or None
     b_hh,  # [4H] or None
@@ -168,8 +169,8 @@ def lstm_forward_spread(
     B,
     begin,
     count,
-    gates_stride,
     H: tl.constexpr,
+    GATES_STRIDE: tl.constexpr,
     HP: tl.constexpr,
     REVERSE: tl.constexpr,
     SAVE: tl.constexpr,
@@ -191,7 +192,6 @@ def lstm_forward_spread(
     group = tl.program_id(1)
     programs = tl.num_programs(0)
     batch = B.to(tl.int64)
-    stride = gates_stride.to(tl.int64)
     u = tile * BH + tl.arange(0, BH)
     n = tl.arange(0, 4 * BH)
     column = tile * BH + n // 4
@@ -226,7 +226,7 @@ def lstm_forward_spread(
                 row = t * batch + b
                 before = row - batch
             own = row[:, None] * H + u[None, :]
-            tape = gates + row[:, None] * stride + u[None, :]
+            tape = gates + row[:, None] * GATES_STRIDE + u[None, :]
             x_i, x_f, x_g, x_o = load_gates(tape, ok, HP)
             here = row_ok
             from_h0 = step == 0
@@ -292,10 +292,10 @@ def lstm_forward_spread(
 def lstm_backward_spread(
     grad_y,  # [T, B, H] or None
     w_hh,  # [4H, H]
-    gates,  # [T, B, gates_stride] float32
+    gates,  # [T, B, GATES_STRIDE] float32
     c_tape,  # [T, B, HP] float32
     c0,  # [B, H]
-    dgates,  # [T, B, dgates_stride], a gate every H: out
+    dgates,  # [T, B, DGATES_STRIDE], a gate every H: out
     dh_state,  # [B, H] float32: in, grad_h_n; out, what reaches h0 past the first step's product
     dc_state,  # [B, H] float32: in, grad_c_n; out, dc0
     flags,  # [T, B] uint8, or None
@@ -308,9 +308,9 @@ def lstm_backward_spread(
     B,
     begin,
     count,
-    gates_stride,
-    dgates_stride,
     H: tl.constexpr,
+    GATES_STRIDE: tl.constexpr,
+    DGATES_STRIDE: tl.constexpr,
     HP: tl.constexpr,
     REVERSE: tl.constexpr,
     BB: tl.constexpr,
@@ -331,8 +331,6 @@ def lstm_backward_spread(
     group = tl.program_id(1)
     programs = tl.num_programs(0)
     batch = B.to(tl.int64)
-    stride = gates_stride.to(tl.int64)
-    dstride = dgates_stride.to(tl.int64)
     u = tile * BH + tl.arange(0, BH)
     unit_ok = u < H
     held = ()
@@ -360,7 +358,7 @@ def lstm_backward_spread(
                 before = row - batch
                 after = row + batch
             own = row[:, None] * H + u[None, :]
-            i, f, g, o = load_gates(gates + row[:, None] * stride + u[None, :], ok, HP)
+            i, f, g, o = load_gates(gates + row[:, None] * GATES_STRIDE + u[None, :], ok, HP)
             c = tl.load(c_tape + before[:, None] * HP + u[None, :], mask=ok & (step > 0), other=0.0)
             c += tl.load(c0 + state, mask=ok & (step == 0), other=0.0).to(tl.float32)
             dy = tl.zeros([BB, BH], dtype=tl.float32)
@@ -378,7 +376,7 @@ def lstm_backward_spread(
                 if n > 0:
                     wait(signals, programs, epoch, SYNC, SIGNALS, INTERPRETED)
             product = recurrent_product(
-                dgates + after * dstride,
+                dgates + after * DGATES_STRIDE,
                 here,
                 None,
                 held,
@@ -413,7 +411,7 @@ def lstm_backward_spread(
             dc = dc_old
             kind = dgates.dtype.element_ty
             store_gates(
-                dgates + row[:, None] * dstride + u[None, :],
+                dgates + row[:, None] * DGATES_STRIDE + u[None, :],
                 ok,
                 H,
                 (d_i.to(kind), d_f.to(kind), d_g.to(kind), d_o.to(kind)),
@@ -454,8 +452,8 @@ def lstm_forward_resident(
     peephole,
     T,
     B,
-    gates_stride,
     H: tl.constexpr,
+    GATES_STRIDE: tl.constexpr,
     HP: tl.constexpr,
     REVERSE: tl.constexpr,
     SAVE: tl.constexpr,
@@ -466,7 +464,6 @@ def lstm_forward_resident(
 ):
     """A tile of the batch through all steps; arguments as of :func:`lstm_forward_spread`, BH at least H."""
     batch = B.to(tl.int64)
-    stride = gates_stride.to(tl.int64)
     u = tl.arange(0, BH)
     b = (tl.program_id(0) * BB + tl.arange(0, BB)).to(tl.int64)
     row_ok = b < B
@@ -486,15 +483,15 @@ def lstm_forward_resident(
     if REVERSE:
         row = (T - 1) * batch + b
     if PREFETCH:  # a step ahead, where the registers suffice
-        x_i, x_f, x_g, x_o = load_gates(gates + row[:, None] * stride + u[None, :], ok, HP)
+        x_i, x_f, x_g, x_o = load_gates(gates + row[:, None] * GATES_STRIDE + u[None, :], ok, HP)
     for step in range(0, T):
         own = row[:, None] * H + u[None, :]
-        tape = gates + row[:, None] * stride + u[None, :]
+        tape = gates + row[:, None] * GATES_STRIDE + u[None, :]
         after = row + batch
         if REVERSE:
             after = row - batch
         if PREFETCH:
-            next_tape = gates + after[:, None] * stride + u[None, :]
+            next_tape = gates + after[:, None] * GATES_STRIDE + u[None, :]
             n_i, n_f, n_g, n_o = load_gates(next_tape, ok & (step + 1 < T), HP)
         else:
             x_i, x_f, x_g, x_o = load_gates(tape, ok, HP)
@@ -549,9 +546,9 @@ def lstm_backward_resident(
     peephole,
     T,
     B,
-    gates_stride,
-    dgates_stride,
     H: tl.constexpr,
+    GATES_STRIDE: tl.constexpr,
+    DGATES_STRIDE: tl.constexpr,
     HP: tl.constexpr,
     REVERSE: tl.constexpr,
     BB: tl.constexpr,
@@ -561,8 +558,6 @@ def lstm_backward_resident(
 ):
     """As :func:`lstm_backward_spread`; ``dh_state`` receives all that reaches h0 but the first step's product."""
     batch = B.to(tl.int64)
-    stride = gates_stride.to(tl.int64)
-    dstride = dgates_stride.to(tl.int64)
     u = tl.arange(0, BH)
     b = (tl.program_id(0) * BB + tl.arange(0, BB)).to(tl.int64)
     row_ok = b < B
@@ -586,7 +581,7 @@ def lstm_backward_resident(
             row = step * batch + b
             before = row - batch
         own = row[:, None] * H + u[None, :]
-        i, f, g, o = load_gates(gates + row[:, None] * stride + u[None, :], ok, HP)
+        i, f, g, o = load_gates(gates + row[:, None] * GATES_STRIDE + u[None, :], ok, HP)
         c = tl.load(c_tape + before[:, None] * HP + u[None, :], mask=ok & (step > 0), other=0.0)
         c += tl.load(c0 + state, mask=ok & (step == 0), other=0.0).to(tl.float32)
         dy = tl.zeros([BB, BH], dtype=tl.float32)
@@ -611,7 +606,7 @@ def lstm_backward_resident(
             dh_past = tl.where(cut, 0.0, tl.where(pad, dh, dh_past))
         dc = dc_old
         values = (d_i.to(kind), d_f.to(kind), d_g.to(kind), d_o.to(kind))
-        store_gates(dgates + row[:, None] * dstride + u[None, :], ok, H, values)
+        store_gates(dgates + row[:, None] * DGATES_STRIDE + u[None, :], ok, H, values)
         dh = tl.dot(values[0], r_i, input_precision=PRECISION)
         dh = tl.dot(values[1], r_f, dh, input_precision=PRECISION)
         dh = tl.dot(values[2], r_g, dh, input_precision=PRECISION)
@@ -676,7 +671,7 @@ def _check(
 def plan_for(steps: int, batch: int, hidden: int, dtype: torch.dtype, device: torch.device, backward: bool) -> planning.Plan:
     """The plan that a call of this shape takes."""
     shape = planning.Shape(4, backward, steps, batch, hidden, dtype.itemsize)
-    return planning.choose(shape, programs_at_once(device), input_precision(dtype))
+    return planning.choose(shape, chip_of(device), input_precision(dtype))
 
 
 def _dense(tensor: Tensor | None) -> Tensor | None:
@@ -723,9 +718,14 @@ def forward_launches(
         "peephole": peephole,
         "T": steps,
         "B": batch,
-        "gates_stride": gates.stride(1),
     }
-    constants = {"H": hidden, "HP": padded(hidden), "REVERSE": reverse, "SAVE": c is not None}
+    constants = {
+        "H": hidden,
+        "HP": padded(hidden),
+        "GATES_STRIDE": gates.stride(1),
+        "REVERSE": reverse,
+        "SAVE": c is not None,
+    }
     if plan.regime == "resident":
         yield Launch(lstm_forward_resident, plan, common, constants | resident_constants(plan))
         return
@@ -770,10 +770,14 @@ def backward_launches(
         "peephole": peephole,
         "T": steps,
         "B": batch,
-        "gates_stride": gates.stride(1),
-        "dgates_stride": dgates.stride(1),
     }
-    constants = {"H": c0.shape[1], "HP": width, "REVERSE": reverse}
+    constants = {
+        "H": c0.shape[1],
+        "HP": width,
+        "GATES_STRIDE": gates.stride(1),
+        "DGATES_STRIDE": dgates.stride(1),
+        "REVERSE": reverse,
+    }
     if plan.regime == "resident":
         yield Launch(lstm_backward_resident, plan, common, constants | resident_constants(plan))
         return

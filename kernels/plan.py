@@ -2,7 +2,8 @@
 
 - ``resident``: the recurrent weights fit one SM. One program per tile of the batch walks through the whole sequence with
   the weights and h on chip, and waits for nobody.
-- ``persistent``: the weights are spread over the SMs, each program holding the columns of its units. The programs of one
+- ``persistent``: the weights are spread over the SMs, each program holding the columns of its units in
+  shared memory. The programs of one
   tile of the batch form a group, which exchanges h through the L2 cache and waits for each other once per step. The
   launch is cooperative: all programs run at once, or it fails.
 - ``step``: one launch per step, for a single step and for what does not fit a cooperative launch.
@@ -14,28 +15,40 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 REGIMES = ("resident", "persistent", "step")
 SYNCS = ("counter", "flags")
 PRECISIONS = ("ieee", "tf32", "tf32x3")
 
-# How much of a program's 256 KiB of registers the weights may take, in bytes, and the accumulators, in numbers. The rest
-# is h on its way, the cell and addresses. tests/test_triton_compile.py finds that nothing is spilled at these figures.
-HELD_BYTES = 104 * 1024
-HELD_BYTES_IEEE = 32 * 1024  # without tensor cores an operand takes registers of its own beside the held weights
+# Shared memory of a program beside its weights: h on its way, and what the sum over the warps needs.
+EXCHANGE_BYTES = 56 * 1024
+# Sums [BB, columns] that a program's warps keep in registers; twice that spills.
 ACCUMULATORS = 2048
-RESIDENT_BYTES = 128 * 1024
-RESIDENT_BYTES_FLOAT32 = 16 * 1024
+# Without tensor cores, and with an operand made of two, the weights take many registers on their way to the product.
+HELD_BYTES_FLOAT32 = {"ieee": 32 * 1024, "tf32": 128 * 1024, "tf32x3": 24 * 1024}
+RESIDENT_BYTES = {2: 128 * 1024, 4: 16 * 1024}  # by the bytes of a number
 BATCH_TILES = (16, 32, 64)
-UNIT_TILES = (4, 8, 16, 32, 64)
+UNIT_TILES = (8, 16, 32, 64)
+
+
+@dataclass(frozen=True)
+class Chip:
+    """What a plan has to know of a GPU: how many programs run at once, one on each multiprocessor, and the shared memory
+    that one may have, in bytes."""
+
+    programs: int
+    shared: int
+
+
+H100 = Chip(132, 227 * 1024)
 
 
 @dataclass(frozen=True)
 class Plan:
     """How one launch computes. ``BB`` and ``BH`` are tiles of the batch and of the units, ``groups`` and ``programs`` the
-    grid (``programs`` in each group), ``warps`` those of a program; ``hold`` keeps the weights in registers. A warp takes
+    grid (``programs`` in each group), ``warps`` those of a program; ``hold`` keeps the weights on chip. A warp takes
     ``KC`` of the K dimension at a time, ``full`` times, and then ``last``; ``depth`` of these loads run ahead."""
 
     regime: str
@@ -107,12 +120,12 @@ def override(**fields: Any) -> Iterator[None]:
         _overrides = before
 
 
-def choose(shape: Shape, sms: int, precision: str = "ieee", cooperative: bool = True) -> Plan:
-    """The plan for a shape on a GPU of ``sms`` multiprocessors.
+def choose(shape: Shape, chip: Chip, precision: str = "ieee", cooperative: bool = True) -> Plan:
+    """The plan for a shape on a GPU.
 
     Args:
         shape: what is to be computed.
-        sms: how many programs can run at once, one on each multiprocessor.
+        chip: the GPU.
         precision: of float32 products: "ieee", "tf32" or "tf32x3" (three tf32 products for one). Half types have one only.
         cooperative: whether a launch can ask that all its programs run at once.
     """
@@ -120,18 +133,19 @@ def choose(shape: Shape, sms: int, precision: str = "ieee", cooperative: bool = 
     precision = given.get("precision", precision)
     regime = given.get("regime")
     if regime is None:
-        if _fits_one_sm(shape):
+        if _fits_one_multiprocessor(shape, chip):
             regime = "resident"
         else:
             regime = "persistent" if cooperative and shape.T > 1 else "step"
     if regime == "resident":
         return _resident(shape, given, precision)
-    return _spread(shape, sms, given, precision, regime)
+    return _spread(shape, chip, given, precision, regime)
 
 
-def _fits_one_sm(shape: Shape) -> bool:
+def _fits_one_multiprocessor(shape: Shape, chip: Chip) -> bool:
     width = max(16, power_of_two(shape.H))
-    return shape.gates * width * width * shape.item <= (RESIDENT_BYTES if shape.item == 2 else RESIDENT_BYTES_FLOAT32)
+    weights = shape.gates * width * width * shape.item
+    return weights <= RESIDENT_BYTES[shape.item] and weights + 32 * 1024 <= chip.shared
 
 
 def _resident(shape: Shape, given: dict[str, Any], precision: str) -> Plan:
@@ -143,47 +157,45 @@ def _resident(shape: Shape, given: dict[str, Any], precision: str) -> Plan:
     return Plan("resident", BB, width, 1, tiles, warps, 1, True, width, 1, 0, depth, "counter", precision)
 
 
-def _spread(shape: Shape, sms: int, given: dict[str, Any], precision: str, regime: str) -> Plan:
-    warps = given.get("warps", 8)
-    held_limit, accumulators = HELD_BYTES, ACCUMULATORS
-    if shape.item == 4 and precision == "ieee":
-        held_limit = HELD_BYTES_IEEE
-    if precision == "tf32x3":  # each operand is two
-        held_limit, accumulators = held_limit // 4, accumulators // 2
+def _spread(shape: Shape, chip: Chip, given: dict[str, Any], precision: str, regime: str) -> Plan:
     together = regime == "persistent"
+    room = chip.shared - EXCHANGE_BYTES
+    accumulators = ACCUMULATORS
+    if shape.item == 4:
+        room = min(room, HELD_BYTES_FLOAT32[precision])
+        accumulators //= 2 if precision == "tf32x3" else 1
     best: tuple[tuple[int, ...], dict[str, Any]] | None = None
     for BB in (given["BB"],) if "BB" in given else BATCH_TILES:
         for BH in (given["BH"],) if "BH" in given else UNIT_TILES:
             columns = shape.columns(BH)
             programs = -(-shape.H // BH)
             chosen = "BB" in given and "BH" in given
-            if not chosen and (columns < 8 or BB * columns > accumulators or (together and programs > sms)):
+            if not chosen and (BB * columns > accumulators or (together and programs > chip.programs)):
                 continue
             tiles = -(-shape.B // BB)
-            groups = min(tiles, max(1, sms // programs)) if together else tiles
-            groups = given.get("groups", groups)
-            rounds = -(-tiles // groups)
-            # Several programs of a launch per step share an SM in turn.
-            waves = -(-programs * groups // sms)
-            K16 = -(-shape.K // (16 * warps)) * 16 * warps
-            hold = given.get("hold", together and columns * K16 * shape.item <= held_limit)
-            # Few rounds first, weights on chip, little work per program, then few rows of h to fetch.
-            cost = (rounds * waves, 0 if hold else 1, BB * BH, BB)
+            groups = given.get("groups", min(tiles, max(1, chip.programs // programs)) if together else tiles)
+            # Times that a group goes through the sequence, and programs that share a multiprocessor in turn.
+            rounds = -(-tiles // groups) * -(-programs * groups // chip.programs)
+            # A number of the tile for each thread: with fewer, the warps would all compute the same cells.
+            warps = given.get("warps", max(1, min(8, BB * BH // 32)))
+            depth_of_k = -(-shape.K // (16 * warps)) * 16 * warps
+            hold = given.get("hold", together and columns * depth_of_k * shape.item <= room)
+            # Few rounds first, then weights on chip, then little work for a program, then few rows of h to fetch.
+            cost = (rounds, 0 if hold else 1, BB * BH, BB)
             if best is None or cost < best[0]:
-                best = cost, {"BB": BB, "BH": BH, "programs": programs, "groups": groups, "hold": hold}
+                best = cost, {"BB": BB, "BH": BH, "programs": programs, "groups": groups, "warps": warps, "hold": hold}
     if best is None:  # more units than a cooperative launch can have programs for
-        return replace(_spread(shape, sms, given, precision, "step"))
+        return _spread(shape, chip, given, precision, "step")
     found = best[1]
-    KC = given.get("KC", _chunk(shape, found["BB"], found["hold"], precision, warps))
+    warps = found["warps"]
+    KC = given.get("KC", _chunk(shape, found["BB"], warps, found["hold"]))
     full, rest = divmod(-(-shape.K // (16 * warps)), KC // 16)
-    last = 16 * power_of_two(rest) if rest else 0
     return Plan(
         regime=regime,
-        warps=warps,
         stages=given.get("stages", 1 if found["hold"] else 2),
         KC=KC,
         full=full,
-        last=last,
+        last=16 * power_of_two(rest) if rest else 0,
         depth=given.get("depth", 2),
         sync=given.get("sync", "counter"),
         precision=precision,
@@ -191,8 +203,8 @@ def _spread(shape: Shape, sms: int, given: dict[str, Any], precision: str, regim
     )
 
 
-def _chunk(shape: Shape, BB: int, hold: bool, precision: str, warps: int) -> int:
-    """How much of K a warp takes at once: as much as keeps the chunk of h, all warps together, at about 16 KiB."""
+def _chunk(shape: Shape, BB: int, warps: int, hold: bool) -> int:
+    """How much of K a warp takes at once: as much as keeps the chunk of h, all warps together, at 16 KiB."""
     if not hold:
         return 16
     KC = max(16, 16 * 1024 // (BB * warps * shape.item))

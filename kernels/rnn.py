@@ -18,10 +18,10 @@ from fastseq.kernels import plan as planning
 from fastseq.kernels.device import CUT, PADDING, activation, arrive, hold_weights, recurrent_product, wait
 from fastseq.kernels.launch import (
     Launch,
+    chip_of,
     expect,
     kernel_context,
     new_signals,
-    programs_at_once,
     ranges,
     resident_constants,
     tile_constants,
@@ -38,8 +38,9 @@ from fastseq.ops.needs import NEEDS_STATE, NEEDS_WEIGHTS, NEEDS_X
 from fastseq.ops.tape import padded, slopes_shape
 
 NONLINEARITIES = ("tanh", "relu", "sigmoid")
-# Not part of what a kernel is compiled for: a new length, batch or position compiles nothing.
-_RUN_TIME = ["T", "B", "begin", "count", "tape_stride", "dsums_stride"]
+# Not part of what a kernel is compiled for: a new length, batch or position compiles nothing. (Strides are, since the
+# width of a load depends on what divides them.)
+_RUN_TIME = ["T", "B", "begin", "count"]
 
 
 @triton.jit
@@ -52,7 +53,7 @@ def load_bias(b, u, H: tl.constexpr):
 
 @triton.jit(do_not_specialize=_RUN_TIME)
 def rnn_forward_spread(
-    tape,  # [T, B, tape_stride] float32: in, the input projection; out, the slopes (SAVE)
+    tape,  # [T, B, TAPE_STRIDE] float32: in, the input projection; out, the slopes (SAVE)
     w_hh,  # [H, H]
     b_ih,  # [H] or None
     b_hh,  # [H] or None
@@ -66,8 +67,8 @@ def rnn_forward_spread(
     B,
     begin,
     count,
-    tape_stride,
     H: tl.constexpr,
+    TAPE_STRIDE: tl.constexpr,
     HP: tl.constexpr,
     REVERSE: tl.constexpr,
     SAVE: tl.constexpr,
@@ -90,7 +91,6 @@ def rnn_forward_spread(
     group = tl.program_id(1)
     programs = tl.num_programs(0)
     batch = B.to(tl.int64)
-    stride = tape_stride.to(tl.int64)
     u = tile * BH + tl.arange(0, BH)
     columns = u.to(tl.int64) * H
     held = ()
@@ -118,7 +118,7 @@ def rnn_forward_spread(
                 row = step * batch + b
                 before = row - batch
             own = row[:, None] * H + u[None, :]
-            place = tape + row[:, None] * stride + u[None, :]
+            place = tape + row[:, None] * TAPE_STRIDE + u[None, :]
             x = tl.load(place, mask=ok, other=0.0)
             here = row_ok
             from_h0 = step == 0
@@ -173,8 +173,8 @@ def rnn_forward_spread(
 def rnn_backward_spread(
     grad_y,  # [T, B, H] or None
     w_hh,  # [H, H]
-    tape,  # [T, B, tape_stride] float32: the slopes
-    dsums,  # [T, B, dsums_stride]: out, the gradients of the sums under the nonlinearity
+    tape,  # [T, B, TAPE_STRIDE] float32: the slopes
+    dsums,  # [T, B, DSUMS_STRIDE]: out, the gradients of the sums under the nonlinearity
     dh_state,  # [B, H] float32: in, grad_h_n; out, what reaches h0 past the first step's product
     flags,  # [T, B] uint8, or None
     h_mask,  # [B, H] or None
@@ -183,9 +183,9 @@ def rnn_backward_spread(
     B,
     begin,
     count,
-    tape_stride,
-    dsums_stride,
     H: tl.constexpr,
+    TAPE_STRIDE: tl.constexpr,
+    DSUMS_STRIDE: tl.constexpr,
     REVERSE: tl.constexpr,
     BB: tl.constexpr,
     BH: tl.constexpr,
@@ -205,8 +205,6 @@ def rnn_backward_spread(
     group = tl.program_id(1)
     programs = tl.num_programs(0)
     batch = B.to(tl.int64)
-    stride = tape_stride.to(tl.int64)
-    dstride = dsums_stride.to(tl.int64)
     u = tile * BH + tl.arange(0, BH)
     unit_ok = u < H
     held = ()
@@ -229,7 +227,7 @@ def rnn_backward_spread(
             else:
                 row = step * batch + b
                 after = row + batch
-            slope = tl.load(tape + row[:, None] * stride + u[None, :], mask=ok, other=0.0)
+            slope = tl.load(tape + row[:, None] * TAPE_STRIDE + u[None, :], mask=ok, other=0.0)
             dy = tl.zeros([BB, BH], dtype=tl.float32)
             if grad_y is not None:
                 dy = tl.load(grad_y + row[:, None] * H + u[None, :], mask=ok, other=0.0).to(tl.float32)
@@ -244,7 +242,7 @@ def rnn_backward_spread(
                 if n > 0:
                     wait(signals, programs, epoch, SYNC, SIGNALS, INTERPRETED)
             product = recurrent_product(
-                dsums + after * dstride,
+                dsums + after * DSUMS_STRIDE,
                 here,
                 None,
                 held,
@@ -271,7 +269,7 @@ def rnn_backward_spread(
             if flags is not None:
                 d = tl.where(pad, 0.0, d)
                 dh_past = tl.where(pad & (cut == 0), dh, 0.0)
-            tl.store(dsums + row[:, None] * dstride + u[None, :], d.to(dsums.dtype.element_ty), mask=ok)
+            tl.store(dsums + row[:, None] * DSUMS_STRIDE + u[None, :], d.to(dsums.dtype.element_ty), mask=ok)
             if signals is not None:
                 if n + 1 < count:
                     epoch += 1
@@ -299,8 +297,8 @@ def rnn_forward_resident(
     h_mask,
     T,
     B,
-    tape_stride,
     H: tl.constexpr,
+    TAPE_STRIDE: tl.constexpr,
     HP: tl.constexpr,
     REVERSE: tl.constexpr,
     SAVE: tl.constexpr,
@@ -312,7 +310,6 @@ def rnn_forward_resident(
 ):
     """A tile of the batch through all steps; arguments as of :func:`rnn_forward_spread`, BH at least H."""
     batch = B.to(tl.int64)
-    stride = tape_stride.to(tl.int64)
     u = tl.arange(0, BH)
     b = (tl.program_id(0) * BB + tl.arange(0, BB)).to(tl.int64)
     row_ok = b < B
@@ -326,16 +323,16 @@ def rnn_forward_resident(
     if REVERSE:
         row = (T - 1) * batch + b
     if PREFETCH:  # a step ahead, where the registers suffice
-        x = tl.load(tape + row[:, None] * stride + u[None, :], mask=ok, other=0.0)
+        x = tl.load(tape + row[:, None] * TAPE_STRIDE + u[None, :], mask=ok, other=0.0)
     for step in range(0, T):
         own = row[:, None] * H + u[None, :]
-        place = tape + row[:, None] * stride + u[None, :]
+        place = tape + row[:, None] * TAPE_STRIDE + u[None, :]
         after = row + batch
         if REVERSE:
             after = row - batch
         if PREFETCH:
             x_next = tl.load(
-                tape + after[:, None] * stride + u[None, :], mask=ok & (step + 1 < T), other=0.0
+                tape + after[:, None] * TAPE_STRIDE + u[None, :], mask=ok & (step + 1 < T), other=0.0
             )
         else:
             x = tl.load(place, mask=ok, other=0.0)
@@ -373,9 +370,9 @@ def rnn_backward_resident(
     h_mask,
     T,
     B,
-    tape_stride,
-    dsums_stride,
     H: tl.constexpr,
+    TAPE_STRIDE: tl.constexpr,
+    DSUMS_STRIDE: tl.constexpr,
     REVERSE: tl.constexpr,
     BB: tl.constexpr,
     BH: tl.constexpr,
@@ -384,8 +381,6 @@ def rnn_backward_resident(
 ):
     """As :func:`rnn_backward_spread`."""
     batch = B.to(tl.int64)
-    stride = tape_stride.to(tl.int64)
-    dstride = dsums_stride.to(tl.int64)
     u = tl.arange(0, BH)
     b = (tl.program_id(0) * BB + tl.arange(0, BB)).to(tl.int64)
     row_ok = b < B
@@ -399,7 +394,7 @@ def rnn_backward_resident(
             row = n * batch + b
         else:
             row = (T - 1 - n) * batch + b
-        slope = tl.load(tape + row[:, None] * stride + u[None, :], mask=ok, other=0.0)
+        slope = tl.load(tape + row[:, None] * TAPE_STRIDE + u[None, :], mask=ok, other=0.0)
         dy = tl.zeros([BB, BH], dtype=tl.float32)
         if grad_y is not None:
             dy = tl.load(grad_y + row[:, None] * H + u[None, :], mask=ok, other=0.0).to(tl.float32)
@@ -415,7 +410,7 @@ def rnn_backward_resident(
             d = tl.where(pad, 0.0, d)
             dh_past = tl.where(pad & (cut == 0), dh, 0.0)
         value = d.to(dsums.dtype.element_ty)
-        tl.store(dsums + row[:, None] * dstride + u[None, :], value, mask=ok)
+        tl.store(dsums + row[:, None] * DSUMS_STRIDE + u[None, :], value, mask=ok)
         dh = tl.dot(value, weights, input_precision=PRECISION)
         if h_mask is not None:
             dh *= tl.load(h_mask + state, mask=ok, other=0.0).to(tl.float32)
@@ -467,7 +462,7 @@ def plan_for(
 ) -> planning.Plan:
     """The plan that a call of this shape takes."""
     shape = planning.Shape(1, backward, steps, batch, hidden, dtype.itemsize)
-    return planning.choose(shape, programs_at_once(device), input_precision(dtype))
+    return planning.choose(shape, chip_of(device), input_precision(dtype))
 
 
 def forward_launches(
@@ -498,11 +493,11 @@ def forward_launches(
         "h_mask": h_mask,
         "T": steps,
         "B": batch,
-        "tape_stride": tape.stride(1),
     }
     constants = {
         "H": hidden,
         "HP": padded(hidden),
+        "TAPE_STRIDE": tape.stride(1),
         "REVERSE": reverse,
         "SAVE": save,
         "NONLINEARITY": nonlinearity,
@@ -540,10 +535,13 @@ def backward_launches(
         "h_mask": h_mask,
         "T": steps,
         "B": batch,
-        "tape_stride": tape.stride(1),
-        "dsums_stride": dsums.stride(1),
     }
-    constants = {"H": hidden, "REVERSE": reverse}
+    constants = {
+        "H": hidden,
+        "TAPE_STRIDE": tape.stride(1),
+        "DSUMS_STRIDE": dsums.stride(1),
+        "REVERSE": reverse,
+    }
     if plan.regime == "resident":
         yield Launch(rnn_backward_resident, plan, common, constants | resident_constants(plan))
         return
