@@ -9,6 +9,9 @@ Everything here also runs in Triton's interpreter, so there is no libdevice, and
 says that the kernel is compiled.
 """
 
+# Tuples that grow are what Triton has for lists.
+# mypy: disable-error-code="assignment,misc"
+
 from __future__ import annotations
 
 import triton
@@ -44,7 +47,7 @@ def tanh(x):
 
 @triton.jit
 def activation(x, NAME: tl.constexpr):
-    """The nonlinearity of an Elman layer and its slope, both from x: where f saturates, its value has lost the slope."""
+    """The nonlinearity of an Elman layer and its slope, both from x: where f saturates, its value lost the slope."""
     if NAME == "relu":
         # Written so that a NaN stays one.
         return tl.where(x < 0, 0.0, x), tl.where(x > 0, 1.0, 0.0)
@@ -55,11 +58,25 @@ def activation(x, NAME: tl.constexpr):
     return logistic(x), e / ((1.0 + e) * (1.0 + e))
 
 
+@triton.jit
+def load_unit_rows(values, u, ok, H: tl.constexpr, ROWS: tl.constexpr):
+    """Rows ``[BH]`` of a ``[ROWS, H]`` array, as ``[1, BH]`` in float32; of None, zeros that the compiler drops."""
+    rows = ()
+    for i in tl.static_range(ROWS):
+        if values is None:
+            rows = rows + (0.0,)
+        else:
+            rows = rows + (tl.load(values + i * H + u, mask=ok, other=0.0).to(tl.float32)[None, :],)
+    return rows
+
+
 # The recurrent product [BB, K] x [K, N], K in FULL chunks of W * KC and one last of W * LAST.
 
 
 @triton.jit
-def weight_chunk(w, columns, columns_ok, stride, START: tl.constexpr, K: tl.constexpr, KC: tl.constexpr, W: tl.constexpr):
+def weight_chunk(
+    w, columns, columns_ok, stride, START: tl.constexpr, K: tl.constexpr, KC: tl.constexpr, W: tl.constexpr
+):
     """[W, KC, N]: row k of column n is at w + columns[n] + k * stride."""
     k = (START + tl.arange(0, W)[:, None] * KC + tl.arange(0, KC)[None, :])[:, :, None]
     ok = columns_ok[None, None, :]
@@ -154,6 +171,16 @@ def recurrent_product(
             )
             acc = tl.dot(chunk, weights, acc, input_precision=PRECISION)
     return tl.sum(acc, axis=0)
+
+
+@triton.jit
+def settled(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """``x [ROWS, COLUMNS]`` as it is, spread over the threads as memory is read and written.
+
+    The compiler would otherwise keep what a product leaves as the product's instructions have it, every warp with a
+    copy, and bring each tile that meets it into that form through shared memory. It carries no layout through a gather.
+    """
+    return tl.gather(x, tl.broadcast_to(tl.arange(0, COLUMNS)[None, :], (ROWS, COLUMNS)), axis=1)
 
 
 # Waiting. Every program of a group arrives once per step and waits for all of them before the next.

@@ -49,7 +49,7 @@ def compile_options(launch: Launch, hip: bool) -> dict[str, Any]:
         "launch_cooperative_grid": launch.plan.regime == "persistent",
     }
     if not hip:
-        # A program has a multiprocessor to itself. Left alone, ptxas saves registers for a second one, and spills for it.
+        # A program has a multiprocessor to itself. Left alone, ptxas saves registers for a second one, and spills.
         options["maxnreg"] = min(255, 65536 // (32 * launch.plan.warps))
     return options
 
@@ -100,8 +100,8 @@ def ranges(plan: Plan, steps: int, backward: bool) -> Iterator[tuple[int, int]]:
 
 @cache
 def _chip(index: int) -> Chip:
-    facts = torch.cuda.get_device_properties(index)
-    return Chip(facts.multi_processor_count, facts.shared_memory_per_block_optin)
+    facts = triton.runtime.driver.active.utils.get_device_properties(index)
+    return Chip(facts["multiprocessor_count"], facts["max_shared_mem"])
 
 
 def chip_of(device: torch.device) -> Chip:

@@ -1,4 +1,4 @@
-"""LSTM in Triton: one layer in one direction, forward and BPTT, one launch for the whole sequence where that is possible.
+"""LSTM in Triton: one layer in one direction, forward and BPTT, one launch for the whole sequence where possible.
 
 The idea: the recurrence is bound by latency, so everything that does not depend on it is taken out of it. cuBLAS makes
 the input projection of all steps before, straight into the tape, where the kernel overwrites it with the gates; cuBLAS
@@ -8,8 +8,8 @@ sequences. See :mod:`fastseq.kernels.plan` for the regimes.
 
 The four gates of a unit are neighbouring columns of the product (order i, f, g, o), so that after one sum over the
 warps they are split apart in place. Shapes as in :mod:`fastseq.ops.lstm` and :mod:`fastseq.ops.tape`; ``h_mask``,
-``zoneout_h``, ``zoneout_c`` and ``peephole`` are as in the public API (recurrent dropout: Gal & Ghahramani 2016; zoneout:
-Krueger et al. 2017; peepholes: Gers & Schmidhuber 2000).
+``zoneout_h``, ``zoneout_c`` and ``peephole`` are as in the public API (recurrent dropout: Gal & Ghahramani 2016;
+zoneout: Krueger et al. 2017; peepholes: Gers & Schmidhuber 2000).
 """
 
 from __future__ import annotations
@@ -23,7 +23,18 @@ import triton.language as tl
 from torch import Tensor
 
 from fastseq.kernels import plan as planning
-from fastseq.kernels.device import CUT, PADDING, arrive, hold_weights, logistic, recurrent_product, tanh, wait
+from fastseq.kernels.device import (
+    CUT,
+    PADDING,
+    arrive,
+    hold_weights,
+    load_unit_rows,
+    logistic,
+    recurrent_product,
+    settled,
+    tanh,
+    wait,
+)
 from fastseq.kernels.launch import (
     Launch,
     chip_of,
@@ -75,18 +86,6 @@ def store_gates(gates, ok, gate_stride, values):
 
 
 @triton.jit
-def load_unit_rows(values, u, ok, H: tl.constexpr, ROWS: tl.constexpr):
-    """Rows ``[BH]`` of a ``[ROWS, H]`` array, as ``[1, BH]`` in float32; of None, zeros that the compiler drops."""
-    rows = ()
-    for i in tl.static_range(ROWS):
-        if values is None:
-            rows = rows + (0.0,)
-        else:
-            rows = rows + (tl.load(values + i * H + u, mask=ok, other=0.0).to(tl.float32)[None, :],)
-    return rows
-
-
-@triton.jit
 def cell_forward(a_i, a_f, a_g, a_o, c, p):
     """Gates i, f, g, o, the new cell state and the new h before rounding, from the sums a and the old cell state."""
     i = logistic(a_i + p[0] * c)
@@ -113,7 +112,7 @@ def cell_backward(i, f, g, o, c, dh, dc, p):
 
 
 @triton.jit
-def finish_forward(cell, c, h, row_flags, row_ok, row, own, ok, zoneout_h, zoneout_c, H: tl.constexpr):
+def finish_forward(cell, c, h, row_flags, own, ok, zoneout_h, zoneout_c):
     """What is carried and what is put out, (c, h, y), from the fresh cell state and h, after zoneout and padding."""
     c_new, h_new = cell
     if zoneout_c is not None:
@@ -130,8 +129,8 @@ def finish_forward(cell, c, h, row_flags, row_ok, row, own, ok, zoneout_h, zoneo
 
 
 @triton.jit
-def split_backward(dh, dc, row_flags, own, ok, zoneout_h, zoneout_c):
-    """What of dh and dc reaches the fresh values, and what passes by them to the step before: (dh, dc, dh past, dc past)."""
+def split_backward(dh, dc, own, ok, zoneout_h, zoneout_c):
+    """(dh, dc, dh past, dc past): what reaches the fresh values, and what passes by them to the step before."""
     dh_past = tl.zeros_like(dh)
     dc_past = tl.zeros_like(dc)
     if zoneout_h is not None:
@@ -275,7 +274,7 @@ def lstm_forward_spread(
                 p,
             )
             cell = (c_new, h_new.to(y.dtype.element_ty))
-            c, h, out = finish_forward(cell, c, h, row_flags, row_ok, row, own, ok, zoneout_h, zoneout_c, H)
+            c, h, out = finish_forward(cell, c, h, row_flags, own, ok, zoneout_h, zoneout_c)
             tl.store(y + own, out, mask=ok)
             if signals is not None:
                 if step + 1 < begin + count:
@@ -347,7 +346,7 @@ def lstm_backward_spread(
         state = b[:, None] * H + u[None, :]
         dh_past = tl.load(dh_state + state, mask=ok, other=0.0)
         dc = tl.load(dc_state + state, mask=ok, other=0.0)
-        for n in range(0, count):
+        for n in range(count):
             step = begin + count - 1 - n
             if REVERSE:
                 row = (T - 1 - step) * batch + b
@@ -395,10 +394,11 @@ def lstm_backward_spread(
                 DEPTH,
                 PRECISION,
             )
+            product = settled(product, BB, BH)
             if h_mask is not None:
                 product *= tl.load(h_mask + state, mask=ok, other=0.0).to(tl.float32)
             dh = dh_past + product + dy
-            dh_new, dc_new, dh_past, dc_past = split_backward(dh, dc, None, own, ok, zoneout_h, zoneout_c)
+            dh_new, dc_new, dh_past, dc_past = split_backward(dh, dc, own, ok, zoneout_h, zoneout_c)
             d_i, d_f, d_g, d_o, dc_old = cell_backward(i, f, g, o, c, dh_new, dc_new, p)
             dc_old += dc_past
             if flags is not None:
@@ -429,7 +429,7 @@ def lstm_backward_spread(
 
 @triton.jit
 def resident_weights(w_hh, GATE: tl.constexpr, H: tl.constexpr, BH: tl.constexpr, BACKWARD: tl.constexpr):
-    """The square of one gate, [K, units] forwards and [units of the gate, K] backwards: the right factor of the product."""
+    """The weights of one gate as the right factor of the product: [K, units] forwards, [units, K] backwards."""
     m = tl.arange(0, BH)
     rows, columns = (m[:, None], m[None, :]) if BACKWARD else (m[None, :], m[:, None])
     return tl.load(w_hh + (GATE * H + rows) * H + columns, mask=(rows < H) & (columns < H), other=0.0)
@@ -484,7 +484,7 @@ def lstm_forward_resident(
         row = (T - 1) * batch + b
     if PREFETCH:  # a step ahead, where the registers suffice
         x_i, x_f, x_g, x_o = load_gates(gates + row[:, None] * GATES_STRIDE + u[None, :], ok, HP)
-    for step in range(0, T):
+    for step in range(T):
         own = row[:, None] * H + u[None, :]
         tape = gates + row[:, None] * GATES_STRIDE + u[None, :]
         after = row + batch
@@ -504,10 +504,10 @@ def lstm_forward_resident(
         left = h
         if h_mask is not None:
             left = h * tl.load(h_mask + state, mask=ok, other=0.0)
-        z_i = tl.dot(left, r_i, input_precision=PRECISION)
-        z_f = tl.dot(left, r_f, input_precision=PRECISION)
-        z_g = tl.dot(left, r_g, input_precision=PRECISION)
-        z_o = tl.dot(left, r_o, input_precision=PRECISION)
+        z_i = settled(tl.dot(left, r_i, input_precision=PRECISION), BB, BH)
+        z_f = settled(tl.dot(left, r_f, input_precision=PRECISION), BB, BH)
+        z_g = settled(tl.dot(left, r_g, input_precision=PRECISION), BB, BH)
+        z_o = settled(tl.dot(left, r_o, input_precision=PRECISION), BB, BH)
         i, f, g, o, c_new, h_new = cell_forward(
             z_i + x_i + bias_ih[0] + bias_hh[0],
             z_f + x_f + bias_ih[1] + bias_hh[1],
@@ -517,7 +517,7 @@ def lstm_forward_resident(
             p,
         )
         cell = (c_new, h_new.to(y.dtype.element_ty))
-        c, h, out = finish_forward(cell, c, h, row_flags, row_ok, row, own, ok, zoneout_h, zoneout_c, H)
+        c, h, out = finish_forward(cell, c, h, row_flags, own, ok, zoneout_h, zoneout_c)
         tl.store(y + own, out, mask=ok)
         if SAVE:
             store_gates(tape, tape_ok, HP, (i, f, g, o))
@@ -572,7 +572,7 @@ def lstm_backward_resident(
     dh = tl.load(dh_state + state, mask=ok, other=0.0)
     dc = tl.load(dc_state + state, mask=ok, other=0.0)
     dh_past = dh
-    for n in range(0, T):
+    for n in range(T):
         step = T - 1 - n
         if REVERSE:
             row = n * batch + b
@@ -594,7 +594,7 @@ def lstm_backward_resident(
             c = tl.where(cut, 0.0, c)
             dy = tl.where(pad, 0.0, dy)
         dh += dy
-        dh_new, dc_new, dh_past, dc_past = split_backward(dh, dc, None, own, ok, zoneout_h, zoneout_c)
+        dh_new, dc_new, dh_past, dc_past = split_backward(dh, dc, own, ok, zoneout_h, zoneout_c)
         d_i, d_f, d_g, d_o, dc_old = cell_backward(i, f, g, o, c, dh_new, dc_new, p)
         dc_old += dc_past
         if flags is not None:
@@ -610,7 +610,7 @@ def lstm_backward_resident(
         dh = tl.dot(values[0], r_i, input_precision=PRECISION)
         dh = tl.dot(values[1], r_f, dh, input_precision=PRECISION)
         dh = tl.dot(values[2], r_g, dh, input_precision=PRECISION)
-        dh = tl.dot(values[3], r_o, dh, input_precision=PRECISION)
+        dh = settled(tl.dot(values[3], r_o, dh, input_precision=PRECISION), BB, BH)
         if h_mask is not None:
             dh *= tl.load(h_mask + state, mask=ok, other=0.0).to(tl.float32)
         if flags is not None:
@@ -641,8 +641,8 @@ def _check(
     """The sizes (T, B, H), with every input found to have the size they say."""
     if w_hr is not None:
         raise RuntimeError(
-            "the Triton LSTM has no proj_size: with a projection between h and the next step's product a step needs two "
-            "exchanges between its programs instead of one; unset FASTSEQ_IMPL, or use the reference"
+            "the Triton LSTM has no proj_size: with a projection between h and the next step's product a step needs "
+            "two exchanges between its programs instead of one; unset FASTSEQ_IMPL, or use the reference"
         )
     steps, batch, inputs = x.shape
     hidden = w_hh.shape[0] // 4
@@ -668,7 +668,9 @@ def _check(
     return steps, batch, hidden
 
 
-def plan_for(steps: int, batch: int, hidden: int, dtype: torch.dtype, device: torch.device, backward: bool) -> planning.Plan:
+def plan_for(
+    steps: int, batch: int, hidden: int, dtype: torch.dtype, device: torch.device, backward: bool
+) -> planning.Plan:
     """The plan that a call of this shape takes."""
     shape = planning.Shape(4, backward, steps, batch, hidden, dtype.itemsize)
     return planning.choose(shape, chip_of(device), input_precision(dtype))
@@ -829,8 +831,8 @@ def lstm_fwd(
         h_n, c_state = h0.clone(memory_format=torch.contiguous_format), c0.to(torch.float32, copy=True).contiguous()
         if batch:
             # One product for all steps, straight into the tape.
-            columns = gates.view(steps * batch, -1)[:, : 4 * width]
-            wide_product(x.reshape(steps * batch, -1), padded_gates(w_ih, 4, width).t(), columns)
+            columns = gates.flatten(0, 1)[:, : 4 * width]
+            wide_product(x.flatten(0, 1), padded_gates(w_ih, 4, width).t(), columns)
             plan = plan_for(steps, batch, hidden, x.dtype, x.device, backward=False)
             for launch in forward_launches(
                 plan,
@@ -881,8 +883,8 @@ def lstm_bwd(
 ) -> tuple[Tensor, ...]:
     """``(dx, dh0, dc0, dw_ih, dw_hh, db, dw_hr)``, empty where not needed, and with ``peephole`` its gradient too.
 
-    ``overwrite`` lets the gates' gradients take the place of the gates. Half types keep them apart, in half type, which is
-    what the products after the recurrence read. Arguments as of :func:`lstm_fwd`.
+    ``overwrite`` lets the gates' gradients take the place of the gates. Half types keep them apart, in half type, which
+    is what the products after the recurrence read. Arguments as of :func:`lstm_fwd`.
     """
     steps, batch, hidden = _check(
         x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, flags, h_mask, zoneout_h, zoneout_c, peephole
@@ -925,7 +927,7 @@ def lstm_bwd(
                 _dense(peephole),
             ):
                 launch.run()
-        rows = dgates.view(steps * batch, -1)[:, : 4 * hidden]
+        rows = dgates.flatten(0, 1)[:, : 4 * hidden]
         dx = product(rows, w_ih).view(x.shape) if needs & NEEDS_X else none
         if needs & NEEDS_STATE:
             first = steps - 1 if reverse else 0
@@ -939,9 +941,9 @@ def lstm_bwd(
             dh0 = dc0 = none
         dw_ih = dw_hh = db = none
         if needs & NEEDS_WEIGHTS:
-            dw_ih = product(rows.t(), x.reshape(steps * batch, -1))
+            dw_ih = product(rows.t(), x.flatten(0, 1))
             h_before = previous_states(y, h0, flags, reverse, h_mask)
-            dw_hh = product(rows.t(), h_before.view(steps * batch, -1))
+            dw_hh = product(rows.t(), h_before.flatten(0, 1))
             if b_ih is not None or b_hh is not None:
                 db = rows.sum(0, dtype=torch.float32).to(x.dtype)
         results = (dx, dh0, dc0, dw_ih, dw_hh, db, none)

@@ -1,7 +1,7 @@
-"""Which regime and which tile sizes serve a shape. Plain arithmetic: nothing here imports triton or touches a GPU.
+"""Which regime and which tile sizes serve a shape. Plain arithmetic: nothing here imports triton or needs a GPU.
 
-- ``resident``: the recurrent weights fit one SM. One program per tile of the batch walks through the whole sequence with
-  the weights and h on chip, and waits for nobody.
+- ``resident``: the recurrent weights fit one SM. One program per tile of the batch walks through the whole sequence
+  with the weights and h on chip, and waits for nobody.
 - ``persistent``: the weights are spread over the SMs, each program holding the columns of its units in
   shared memory. The programs of one
   tile of the batch form a group, which exchanges h through the L2 cache and waits for each other once per step. The
@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+CHOICES = {"regime", "BB", "BH", "groups", "warps", "stages", "hold", "KC", "depth", "sync", "precision"}
 REGIMES = ("resident", "persistent", "step")
 SYNCS = ("counter", "flags")
 PRECISIONS = ("ieee", "tf32", "tf32x3")
@@ -35,8 +36,8 @@ UNIT_TILES = (8, 16, 32, 64)
 
 @dataclass(frozen=True)
 class Chip:
-    """What a plan has to know of a GPU: how many programs run at once, one on each multiprocessor, and the shared memory
-    that one may have, in bytes."""
+    """What a plan has to know of a GPU: how many programs run at once, one on each multiprocessor, and the shared
+    memory that one may have, in bytes."""
 
     programs: int
     shared: int
@@ -47,9 +48,9 @@ H100 = Chip(132, 227 * 1024)
 
 @dataclass(frozen=True)
 class Plan:
-    """How one launch computes. ``BB`` and ``BH`` are tiles of the batch and of the units, ``groups`` and ``programs`` the
-    grid (``programs`` in each group), ``warps`` those of a program; ``hold`` keeps the weights on chip. A warp takes
-    ``KC`` of the K dimension at a time, ``full`` times, and then ``last``; ``depth`` of these loads run ahead."""
+    """How one launch computes. ``BB`` and ``BH`` are tiles of the batch and of the units, ``groups`` and ``programs``
+    the grid (``programs`` in each group), ``warps`` those of a program; ``hold`` keeps the weights on chip. A warp
+    takes ``KC`` of the K dimension at a time, ``full`` times, and then ``last``; ``depth`` of these loads run ahead."""
 
     regime: str
     BB: int
@@ -107,9 +108,20 @@ _overrides: dict[str, Any] = {}
 
 @contextlib.contextmanager
 def override(**fields: Any) -> Iterator[None]:
-    """Inside the ``with`` block plans take these fields as given: ``regime``, ``BB``, ``BH``, ``groups``, ``warps``,
-    ``stages``, ``hold``, ``KC``, ``depth``, ``sync``, ``precision``. For tests and for measuring."""
-    unknown = fields.keys() - {"regime", "BB", "BH", "groups", "warps", "stages", "hold", "KC", "depth", "sync", "precision"}
+    """Inside the ``with`` block plans take these fields, of :data:`CHOICES`, as given. For tests and for measuring."""
+    unknown = fields.keys() - {
+        "regime",
+        "BB",
+        "BH",
+        "groups",
+        "warps",
+        "stages",
+        "hold",
+        "KC",
+        "depth",
+        "sync",
+        "precision",
+    }
     if unknown:
         raise ValueError(f"override: a plan has no field to choose named {', '.join(sorted(unknown))}")
     global _overrides
@@ -126,7 +138,7 @@ def choose(shape: Shape, chip: Chip, precision: str = "ieee", cooperative: bool 
     Args:
         shape: what is to be computed.
         chip: the GPU.
-        precision: of float32 products: "ieee", "tf32" or "tf32x3" (three tf32 products for one). Half types have one only.
+        precision: of float32 products: "ieee", "tf32" or "tf32x3" (three tf32 products for one).
         cooperative: whether a launch can ask that all its programs run at once.
     """
     given = _overrides

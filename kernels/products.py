@@ -26,7 +26,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def padded_gates(weight: Tensor, gates: int, width: int) -> Tensor:
-    """``[gates * H, I]`` with every gate's rows padded by zeros to ``width``: the columns of the product are the tape's."""
+    """``[gates * H, I]`` with every gate's rows padded by zeros to ``width``, as the tape has its columns."""
     hidden = weight.shape[0] // gates
     if hidden == width:
         return weight
@@ -53,9 +53,7 @@ def wide_state(grad: Tensor | None, state: Tensor) -> Tensor:
     return grad.to(torch.float32, copy=True).contiguous()
 
 
-def previous_states(
-    y: Tensor, h0: Tensor, flags: Tensor | None, reverse: bool, h_mask: Tensor | None = None
-) -> Tensor:
+def previous_states(y: Tensor, h0: Tensor, flags: Tensor | None, reverse: bool, h_mask: Tensor | None = None) -> Tensor:
     """h_{t-1} as step t's product saw it, ``[T, B, P]``: y a step earlier, but h0 after padding and at the start, zero
     after a cut, and times ``h_mask``."""
     first = h0.unsqueeze(0)

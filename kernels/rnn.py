@@ -15,7 +15,17 @@ import triton.language as tl
 from torch import Tensor
 
 from fastseq.kernels import plan as planning
-from fastseq.kernels.device import CUT, PADDING, activation, arrive, hold_weights, recurrent_product, wait
+from fastseq.kernels.device import (
+    CUT,
+    PADDING,
+    activation,
+    arrive,
+    hold_weights,
+    load_unit_rows,
+    recurrent_product,
+    settled,
+    wait,
+)
 from fastseq.kernels.launch import (
     Launch,
     chip_of,
@@ -41,14 +51,6 @@ NONLINEARITIES = ("tanh", "relu", "sigmoid")
 # Not part of what a kernel is compiled for: a new length, batch or position compiles nothing. (Strides are, since the
 # width of a load depends on what divides them.)
 _RUN_TIME = ["T", "B", "begin", "count"]
-
-
-@triton.jit
-def load_bias(b, u, H: tl.constexpr):
-    """``[1, BH]`` in float32; of None, a zero that the compiler drops."""
-    if b is None:
-        return 0.0
-    return tl.load(b + u, mask=u < H, other=0.0).to(tl.float32)[None, :]
 
 
 @triton.jit(do_not_specialize=_RUN_TIME)
@@ -96,7 +98,7 @@ def rnn_forward_spread(
     held = ()
     if HOLD:
         held = hold_weights(w_hh, columns, u < H, 1, H, KC, FULL, LAST, W)
-    bias = load_bias(b_ih, u, H) + load_bias(b_hh, u, H)
+    bias = load_unit_rows(b_ih, u, u < H, H, 1)[0] + load_unit_rows(b_hh, u, u < H, H, 1)[0]
     if signals is not None:
         signals += group * SIGNALS
     epoch = 0
@@ -152,6 +154,7 @@ def rnn_forward_spread(
                 DEPTH,
                 PRECISION,
             )
+            z = settled(z, BB, BH)
             value, slope = activation(z + x + bias, NONLINEARITY)
             out = value.to(y.dtype.element_ty)
             if flags is not None:
@@ -219,7 +222,7 @@ def rnn_backward_spread(
         ok = row_ok[:, None] & unit_ok[None, :]
         state = b[:, None] * H + u[None, :]
         dh_past = tl.load(dh_state + state, mask=ok, other=0.0)
-        for n in range(0, count):
+        for n in range(count):
             step = begin + count - 1 - n
             if REVERSE:
                 row = (T - 1 - step) * batch + b
@@ -261,6 +264,7 @@ def rnn_backward_spread(
                 DEPTH,
                 PRECISION,
             )
+            product = settled(product, BB, BH)
             if h_mask is not None:
                 product *= tl.load(h_mask + state, mask=ok, other=0.0).to(tl.float32)
             dh = dh_past + product + dy
@@ -317,23 +321,21 @@ def rnn_forward_resident(
     tape_ok = row_ok[:, None] & (u < HP)[None, :]
     state = b[:, None] * H + u[None, :]
     weights = resident_weights(w_hh, H, BH, False)
-    bias = load_bias(b_ih, u, H) + load_bias(b_hh, u, H)
+    bias = load_unit_rows(b_ih, u, u < H, H, 1)[0] + load_unit_rows(b_hh, u, u < H, H, 1)[0]
     h = tl.load(h_state + state, mask=ok, other=0.0)
     row = b
     if REVERSE:
         row = (T - 1) * batch + b
     if PREFETCH:  # a step ahead, where the registers suffice
         x = tl.load(tape + row[:, None] * TAPE_STRIDE + u[None, :], mask=ok, other=0.0)
-    for step in range(0, T):
+    for step in range(T):
         own = row[:, None] * H + u[None, :]
         place = tape + row[:, None] * TAPE_STRIDE + u[None, :]
         after = row + batch
         if REVERSE:
             after = row - batch
         if PREFETCH:
-            x_next = tl.load(
-                tape + after[:, None] * TAPE_STRIDE + u[None, :], mask=ok & (step + 1 < T), other=0.0
-            )
+            x_next = tl.load(tape + after[:, None] * TAPE_STRIDE + u[None, :], mask=ok & (step + 1 < T), other=0.0)
         else:
             x = tl.load(place, mask=ok, other=0.0)
         if flags is not None:
@@ -343,7 +345,8 @@ def rnn_forward_resident(
         left = h
         if h_mask is not None:
             left = h * tl.load(h_mask + state, mask=ok, other=0.0)
-        value, slope = activation(tl.dot(left, weights, input_precision=PRECISION) + x + bias, NONLINEARITY)
+        z = settled(tl.dot(left, weights, input_precision=PRECISION), BB, BH)
+        value, slope = activation(z + x + bias, NONLINEARITY)
         out = value.to(y.dtype.element_ty)
         if flags is not None:
             h = tl.where(pad, h, out)
@@ -389,7 +392,7 @@ def rnn_backward_resident(
     weights = resident_weights(w_hh, H, BH, True)
     dh = tl.load(dh_state + state, mask=ok, other=0.0)
     dh_past = dh
-    for n in range(0, T):
+    for n in range(T):
         if REVERSE:
             row = n * batch + b
         else:
@@ -411,7 +414,7 @@ def rnn_backward_resident(
             dh_past = tl.where(pad & (cut == 0), dh, 0.0)
         value = d.to(dsums.dtype.element_ty)
         tl.store(dsums + row[:, None] * DSUMS_STRIDE + u[None, :], value, mask=ok)
-        dh = tl.dot(value, weights, input_precision=PRECISION)
+        dh = settled(tl.dot(value, weights, input_precision=PRECISION), BB, BH)
         if h_mask is not None:
             dh *= tl.load(h_mask + state, mask=ok, other=0.0).to(tl.float32)
         if flags is not None:
@@ -569,8 +572,8 @@ def rnn_fwd(
     *,
     h_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``(y, h_n, slopes)``; the tape ``slopes`` is empty unless ``save``. ``h_mask [B, H]`` multiplies h_{t-1} before the
-    recurrent product.
+    """``(y, h_n, slopes)``; the tape ``slopes`` is empty unless ``save``. ``h_mask [B, H]`` multiplies h_{t-1} before
+    the recurrent product.
 
     Raises:
         RuntimeError: the dtype is float64.
@@ -584,8 +587,8 @@ def rnn_fwd(
         h_n = h0.clone(memory_format=torch.contiguous_format)
         if batch:
             # One product for all steps, straight into the tape.
-            columns = slopes.view(steps * batch, -1)[:, :width]
-            wide_product(x.reshape(steps * batch, -1), padded_gates(w_ih, 1, width).t(), columns)
+            columns = slopes.flatten(0, 1)[:, :width]
+            wide_product(x.flatten(0, 1), padded_gates(w_ih, 1, width).t(), columns)
             plan = plan_for(steps, batch, hidden, x.dtype, x.device, backward=False)
             for launch in forward_launches(
                 plan,
@@ -648,7 +651,7 @@ def rnn_bwd(
                 plan, _dense(grad_y), w_hh, slopes, dsums, dh0, _dense(flags), reverse, _dense(h_mask)
             ):
                 launch.run()
-        rows = dsums.view(steps * batch, -1)[:, :hidden]
+        rows = dsums.flatten(0, 1)[:, :hidden]
         dx = product(rows, w_ih).view(x.shape) if needs & NEEDS_X else none
         if needs & NEEDS_STATE:
             first = steps - 1 if reverse else 0
@@ -662,8 +665,8 @@ def rnn_bwd(
             dh0 = none
         dw_ih = dw_hh = db = none
         if needs & NEEDS_WEIGHTS:
-            dw_ih = product(rows.t(), x.reshape(steps * batch, -1))
-            dw_hh = product(rows.t(), previous_states(y, h0, flags, reverse, h_mask).view(steps * batch, -1))
+            dw_ih = product(rows.t(), x.flatten(0, 1))
+            dw_hh = product(rows.t(), previous_states(y, h0, flags, reverse, h_mask).flatten(0, 1))
             if b_ih is not None or b_hh is not None:
                 db = rows.sum(0, dtype=torch.float32).to(x.dtype)
         return dx, dh0, dw_ih, dw_hh, db
