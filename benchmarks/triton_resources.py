@@ -1,6 +1,6 @@
 """``python -m benchmarks.triton_resources``: compiles every Triton kernel for GPUs that are not there, prints what each
-takes of one and writes the table to ``benchmarks/results/triton_resources.md``. tests/test_triton_compile.py compiles the
-same and fails on a spill."""
+takes of one and writes the table to ``benchmarks/results/triton_resources.md``. tests/test_triton_compile.py compiles
+the same and fails on a spill."""
 
 from __future__ import annotations
 
@@ -141,10 +141,10 @@ def table(found: dict[tuple[Configuration, str], Resources], targets: list[str])
     lines = [
         "# What the Triton kernels take of a GPU",
         "",
-        f"Compiled ahead of time by Triton {triton.__version__}, without a GPU, by `python -m benchmarks.triton_resources`.",
-        "The kernels have **not run on a GPU yet**. A cell is registers per thread / shared memory of a program in KiB, and",
-        "spilled bytes per thread where there are any, with the plan that the shape takes there: R resident, P persistent",
-        "(p: with the weights streamed), S one launch per step; then tiles of the batch by units.",
+        f"Compiled ahead of time by Triton {triton.__version__} with no GPU (`python -m benchmarks.triton_resources`).",
+        "The kernels have **not run on a GPU yet**. A cell is registers of a thread / shared memory of a program in",
+        "KiB, the bytes of a thread that are spilled where there are any, and the plan that the shape takes there:",
+        "R resident, P persistent (p: with the weights streamed), S one launch per step; the tile of batch by units.",
         "",
         "| kernel | T, B, H | " + " | ".join(targets) + " |",
         "|---|---|" + "---|" * len(targets),

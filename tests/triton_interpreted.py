@@ -1,8 +1,8 @@
 """The Triton kernels in Triton's interpreter, on CPU tensors, against the float64 reference by the one tolerance rule.
 
 Not collected by itself: ``test_triton_interpreter.py`` runs it in a process of its own, where TRITON_INTERPRET=1 was
-set before triton was imported. The interpreter runs the programs of a launch one after the other, so where they would wait
-for each other there is one of them, or one step. Its bfloat16 is wrong, so bfloat16 is compiled only.
+set before triton was imported. The interpreter runs the programs of a launch one after the other, so where they would
+wait for each other there is one of them, or one step. Its bfloat16 is wrong, so bfloat16 is compiled only.
 """
 
 from __future__ import annotations
