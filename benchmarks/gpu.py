@@ -136,7 +136,7 @@ def seconds_of(run: Run, call: Callable[[], object]) -> float:
     call()
     end.record()
     torch.cuda.synchronize()
-    return 1e-3 * begin.elapsed_time(end)
+    return 1e-3 * float(begin.elapsed_time(end))
 
 
 def median_seconds(run: Run, call: Callable[[], object]) -> float:

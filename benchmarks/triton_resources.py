@@ -131,8 +131,8 @@ def compile_all(cases: list[Configuration], targets: list[str]) -> dict[tuple[Co
         found = {}
         for pair, resources in zip(pairs, results, strict=True):
             found[pair] = resources
-            print(f"\r{len(found)} of {len(pairs)}", end="", file=sys.stderr, flush=True)
-    print(file=sys.stderr)
+            if len(found) % 40 == 0:
+                print(f"{len(found)} of {len(pairs)}", file=sys.stderr, flush=True)
     return found
 
 

@@ -26,11 +26,11 @@ PRECISIONS = ("ieee", "tf32", "tf32x3")
 # Shared memory of a program beside its weights: h on its way, and what the sum over the warps needs.
 EXCHANGE_BYTES = 56 * 1024
 # Sums [BB, columns] that a program's warps keep in registers; twice that spills.
-ACCUMULATORS = 2048
+ACCUMULATORS = 1024
 # Without tensor cores, and with an operand made of two, the weights take many registers on their way to the product.
-HELD_BYTES_FLOAT32 = {"ieee": 32 * 1024, "tf32": 128 * 1024, "tf32x3": 24 * 1024}
+HELD_BYTES_FLOAT32 = {"ieee": 24 * 1024, "tf32": 128 * 1024, "tf32x3": 24 * 1024}
 RESIDENT_BYTES = {2: 128 * 1024, 4: 16 * 1024}  # by the bytes of a number
-BATCH_TILES = (16, 32, 64)
+BATCH_TILES = (16, 32)
 UNIT_TILES = (8, 16, 32, 64)
 
 
