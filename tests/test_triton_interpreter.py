@@ -47,6 +47,13 @@ def test_triton_is_not_chosen_by_itself() -> None:
         assert "not been verified on a GPU" in reason
 
 
+def test_forced_triton_is_told_as_unverified(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_forced", "triton")
+    backend, reason = dispatch.serving("lstm", "cuda")
+    assert backend == "triton"
+    assert "not verified on a GPU" in reason
+
+
 def test_importing_fastseq_imports_no_triton() -> None:
     code = "import sys, fastseq; fastseq.info(); raise SystemExit('triton' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
