@@ -173,6 +173,8 @@ def _spread(shape: Shape, chip: Chip, given: dict[str, Any], precision: str, reg
     together = regime == "persistent"
     room = chip.shared - EXCHANGE_BYTES
     accumulators = ACCUMULATORS
+    if shape.gates == 4 and shape.backward:  # beside each sum stand four gates and their gradients
+        accumulators //= 2
     if shape.item == 4:
         room = min(room, HELD_BYTES_FLOAT32[precision])
         accumulators //= 2 if precision == "tf32x3" else 1

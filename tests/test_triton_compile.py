@@ -36,8 +36,11 @@ def test_each_kernel_compiles(case: Configuration, target: str) -> None:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("case", ALL, ids=str)
+@pytest.mark.parametrize(
+    ("case", "target"),
+    [(case, target) for target in TARGETS for case in ALL if triton_resources.compiles(case, target)],
+    ids=str,
+)
 def test_every_configuration_compiles(case: Configuration, target: str) -> None:
     check(case, target)
 
