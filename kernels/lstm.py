@@ -958,6 +958,29 @@ def lstm_bwd_(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
     return lstm_bwd(*args, **kwargs, overwrite=True)
 
 
+# The operation with options. Of its arguments the launchers serve the flags so far (fastseq.ops.dispatch.SERVED), so a
+# call that comes here uses none of the others, and they can be left out.
+
+
+def lstm_options_fwd(*args: Any) -> tuple[Tensor, ...]:
+    """:func:`lstm_fwd` for a call of ``fastseq::lstm_options_fwd`` that uses no option but flags."""
+    given: Any = (*args[:9], args[21], args[-1])
+    return lstm_fwd(*given)
+
+
+def lstm_options_bwd(*args: Any, overwrite: bool = False) -> tuple[Tensor, ...]:
+    """:func:`lstm_bwd` likewise; the gradients of the options are empty."""
+    given: Any = (*args[:3], *args[5:14], *args[26:30], args[-1])
+    results = lstm_bwd(*given, overwrite=overwrite)
+    return (*results, *(results[0].new_empty(0) for _ in range(10)))
+
+
+def lstm_options_bwd_(*args: Any) -> tuple[Tensor, ...]:
+    """:func:`lstm_options_bwd`, free to overwrite the gates (the argument at place 28)."""
+    torch.autograd.graph.increment_version(args[28])
+    return lstm_options_bwd(*args, overwrite=True)
+
+
 def _peephole_gradient(
     dgates: Tensor, gates: Tensor, c: Tensor, c0: Tensor, flags: Tensor | None, reverse: bool
 ) -> Tensor:

@@ -676,3 +676,26 @@ def rnn_bwd_(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
     """:func:`rnn_bwd`, free to overwrite the slopes (the argument at place 10)."""
     torch.autograd.graph.increment_version(args[10])
     return rnn_bwd(*args, **kwargs, overwrite=True)
+
+
+# The operation with options. Of its arguments the launchers serve the flags so far (fastseq.ops.dispatch.SERVED), so a
+# call that comes here uses none of the others, and they can be left out.
+
+
+def rnn_options_fwd(*args: Any) -> tuple[Tensor, ...]:
+    """:func:`rnn_fwd` for a call of ``fastseq::rnn_options_fwd`` that uses no option but flags."""
+    given: Any = (*args[:7], *args[9:11], args[-1])
+    return rnn_fwd(*given)
+
+
+def rnn_options_bwd(*args: Any, overwrite: bool = False) -> tuple[Tensor, ...]:
+    """:func:`rnn_bwd` likewise; the gradients of the options are empty."""
+    given: Any = (*args[:9], *args[11:15], args[-1])
+    results = rnn_bwd(*given, overwrite=overwrite)
+    return (*results, *(results[0].new_empty(0) for _ in range(2)))
+
+
+def rnn_options_bwd_(*args: Any) -> tuple[Tensor, ...]:
+    """:func:`rnn_options_bwd`, free to overwrite the slopes (the argument at place 12)."""
+    torch.autograd.graph.increment_version(args[12])
+    return rnn_options_bwd(*args, overwrite=True)

@@ -160,6 +160,17 @@ def test_what_the_backend_does_not_serve_is_refused(seed: int) -> None:
         lstm_kernels.lstm_fwd(*args, None, None, False, False)
 
 
+@pytest.mark.parametrize("op", OPS)
+def test_options_that_it_does_not_serve_are_refused_and_the_rest_goes_on(op: str, seed: int) -> None:
+    inputs = inputs_of(Case(3, 2, 3, 16, time="reset"), OPS[op], torch.float32)
+    with use_implementation("triton"):
+        plain = getattr(F, op)(**inputs)
+        with torch.no_grad():  # by the operation with options, of which it then uses none
+            assert torch.equal(getattr(F, op)(**inputs, recompute=True)[0], plain[0])
+        with pytest.raises(RuntimeError, match="do not serve h_mask"):
+            getattr(F, op)(**inputs, h_mask=torch.ones_like(inputs["h0"]))
+
+
 def test_empty_batch() -> None:
     inputs = inputs_of(Case(3, 1, 4, 5), 4, torch.float32)
     inputs |= {"x": inputs["x"][:, :0], "h0": inputs["h0"][:0], "c0": inputs["c0"][:0]}
