@@ -1,14 +1,18 @@
 """Which kernel serves an operation: PyTorch's dispatcher chooses by device, and this file among those of one device.
 
-The reference is registered for every device and the C++ kernels for CPU tensors. ``FASTSEQ_IMPL`` (one of
-:data:`IMPLEMENTATIONS`, read once per process) or :func:`use` forces one implementation for everything that follows;
-one that cannot serve raises. Nothing falls back silently: without the extension the reference serves CPU tensors and
-``python -m fastseq info`` says so; a CUDA tensor is served by the reference with one warning.
+The reference is registered for every device, the C++ kernels for CPU tensors and the Triton kernels for CUDA tensors.
+``FASTSEQ_IMPL`` (one of :data:`IMPLEMENTATIONS`, read once per process) or :func:`use` forces one implementation for
+everything that follows; one that cannot serve raises. Nothing falls back silently: without the extension the reference
+serves CPU tensors and ``python -m fastseq info`` says so. The Triton kernels have not run on a GPU yet, so they serve
+only when forced; else a CUDA tensor is served by the reference with one warning.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib
+import importlib.util
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -45,6 +49,8 @@ OPTIONS = {
 SERVED = {
     ("cpp", "lstm"): frozenset(("lengths", "reset")),
     ("cpp", "rnn"): frozenset(("lengths", "reset")),
+    ("triton", "lstm"): frozenset(("lengths", "reset")),
+    ("triton", "rnn"): frozenset(("lengths", "reset")),
 }
 
 _NAMES = {"cpp": "C++", "triton": "Triton", "cuda": "CUDA"}
@@ -74,9 +80,25 @@ def why_not(implementation: str, device: str, op: str = "", options: Sequence[st
             return f"the C++ kernels serve CPU tensors only, not {device}"
         reason = cpu.why_unavailable()
         return reason if reason is not None or not options else _unserved(implementation, op, options)
+    if implementation == "triton":
+        reason = _why_not_triton(device)
+        return reason if reason is not None or not options else _unserved(implementation, op, options)
     if implementation in IMPLEMENTATIONS:
         return f"this version of fastseq has no {implementation} kernels"
     return f"expected one of {', '.join(IMPLEMENTATIONS)}, got {implementation!r}"
+
+
+def _why_not_triton(device: str) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install triton; the CUDA builds of torch bring it)"
+    if device == "cuda" or (device == "cpu" and _interpreting()):
+        return None
+    return f"the Triton kernels serve CUDA tensors only, not {device} (but see TRITON_INTERPRET in CONTRIBUTING.md)"
+
+
+def _interpreting() -> bool:
+    """Whether Triton kernels run in its interpreter in this process, which works on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _unserved(implementation: str, op: str, options: Iterable[str]) -> str | None:
@@ -99,10 +121,13 @@ def serving(op: str, device: str = "cpu", options: Iterable[str] = ()) -> tuple[
         if option not in OPTIONS.get(op, ()):
             raise ValueError(f"options: expected some of {', '.join(OPTIONS.get(op, ()))}, got {option!r}")
     if _forced is not None:
-        return _choose(device, op, options), "forced"
+        note = "; resident, persistent or step by shape; not verified on a GPU yet" if _forced == "triton" else ""
+        return _choose(device, op, options), "forced" + note
     reason = why_not("cpp", device, op, options)
     if reason is None:
         return "cpp", f"C++ kernels, {cpu.isa()}"
+    if device == "cuda" and why_not("triton", device) is None:
+        reason = "the Triton kernels have not been verified on a GPU yet (FASTSEQ_IMPL=triton forces them)"
     return "reference", reason if device == "cpu" else f"{reason}; plain layers use torch's own path"
 
 
@@ -123,9 +148,10 @@ def use(implementation: str) -> Iterator[None]:
         RuntimeError: there is no such implementation, or it cannot serve on this machine at all.
     """
     global _forced
-    reason = why_not(implementation, "cpu")
-    if reason is not None:
-        raise RuntimeError(f"implementation {implementation!r} was asked for, but cannot serve: {reason}")
+    devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    reasons = [why_not(implementation, device) for device in devices]
+    if None not in reasons:
+        raise RuntimeError(f"implementation {implementation!r} was asked for, but cannot serve: {reasons[-1]}")
     before, _forced = _forced, implementation
     try:
         yield
@@ -140,7 +166,7 @@ def _warn_once(device: str) -> None:
     if device not in _warned:
         _warned.add(device)
         warnings.warn(
-            f"fastseq has no kernels for {device} tensors yet: the plain PyTorch reference serves them, step by step",
+            f"fastseq has no verified kernels for {device} tensors: the plain reference serves them, step by step",
             stacklevel=3,
         )
 
@@ -152,17 +178,28 @@ def register_kernels(
     op: str = "",
     options_used: Callable[..., Sequence[str]] | None = None,
 ) -> None:
-    """Registers the kernels of ``fastseq::name``: ``reference`` for every device, ``cpp`` beside it for the CPU.
+    """Registers the kernels of ``fastseq::name``: ``reference`` for every device, ``cpp`` beside it for the CPU, and
+    the Triton launcher of the same name, which is imported when it is first wanted.
 
     ``options_used`` tells from the arguments of a call which options of ``op`` it uses.
     """
 
     def for_cpu(*args: Any) -> Any:
-        return cpp(*args) if _choose("cpu") == "cpp" else reference(*args)
+        chosen = _choose("cpu")
+        if chosen == "triton":
+            return _triton_launcher(name)(*args)
+        return cpp(*args) if chosen == "cpp" else reference(*args)
 
     def for_cpu_by_options(*args: Any) -> Any:
         assert options_used is not None
-        return cpp(*args) if _choose("cpu", op, options_used(*args)) == "cpp" else reference(*args)
+        chosen = _choose("cpu", op, options_used(*args))
+        if chosen == "triton":
+            return _triton_launcher(name)(*args)
+        return cpp(*args) if chosen == "cpp" else reference(*args)
+
+    def for_cuda(*args: Any) -> Any:
+        used = () if options_used is None else options_used(*args)
+        return _triton_launcher(name)(*args) if _choose("cuda", op, used) == "triton" else for_others(*args)
 
     def for_others(*args: Any) -> Any:
         device = next(arg for arg in args if isinstance(arg, Tensor)).device.type
@@ -171,4 +208,12 @@ def register_kernels(
         return reference(*args)
 
     library.impl(name, for_cpu if options_used is None else for_cpu_by_options, "CPU")
+    library.impl(name, for_cuda, "CUDA")
     library.impl(name, for_others, "CompositeExplicitAutograd")
+
+
+@functools.cache
+def _triton_launcher(name: str) -> Callable[..., Any]:
+    """``lstm_fwd`` of :mod:`fastseq.kernels.lstm`, and so on."""
+    launcher: Callable[..., Any] = getattr(importlib.import_module(f"fastseq.kernels.{name.partition('_')[0]}"), name)
+    return launcher

@@ -1,0 +1,190 @@
+"""``python -m benchmarks.triton_resources``: compiles every Triton kernel for GPUs that are not there, prints what each
+takes of one and writes the table to ``benchmarks/results/triton_resources.md``. tests/test_triton_compile.py compiles
+the same and fails on a spill."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from fastseq.kernels import lstm, plan, rnn
+from fastseq.kernels.ahead import TARGETS, Resources, compile_ahead
+from fastseq.kernels.launch import Launch
+from fastseq.ops.tape import slopes_shape, tape_shapes
+
+TABLE = Path(__file__).resolve().parent / "results" / "triton_resources.md"
+
+#: Multiprocessors and shared memory of the GPU that a plan is made for: A100, H100, B200 and MI300X.
+CHIPS = {
+    "sm_80": plan.Chip(108, TARGETS["sm_80"][1]),
+    "sm_90": plan.Chip(132, TARGETS["sm_90"][1]),
+    "sm_100": plan.Chip(148, TARGETS["sm_100"][1]),
+    "gfx942": plan.Chip(304, TARGETS["gfx942"][1]),
+}
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """One pass of one layer. ``options`` is "" (plain), "flags", or "all": flags, masks, zoneout, peepholes at once."""
+
+    op: str
+    backward: bool
+    T: int
+    B: int
+    H: int
+    dtype: str
+    precision: str = "ieee"
+    options: str = ""
+    sync: str = "counter"
+
+    @property
+    def name(self) -> str:
+        """What the row of the table is called."""
+        kind = self.dtype if self.dtype != "float32" else f"float32 {self.precision}"
+        notes = [self.options] * bool(self.options) + ([f"sync by {self.sync}"] if self.sync != "counter" else [])
+        return ", ".join([f"{self.op} {'backward' if self.backward else 'forward'}", kind, *notes])
+
+    def launch(self, chip: plan.Chip) -> tuple[plan.Plan, Launch]:
+        """The plan on a chip, and its first launch on tensors without memory."""
+        chosen = {"sync": self.sync} if self.sync != "counter" else {}
+        with plan.override(**chosen):
+            dtype = getattr(torch, self.dtype)
+            gates = 4 if self.op == "lstm" else 1
+            shape = plan.Shape(gates, self.backward, self.T, self.B, self.H, dtype.itemsize)
+            made = plan.choose(shape, chip, self.precision)
+        launches = _lstm(self, made, dtype) if self.op == "lstm" else _rnn(self, made, dtype)
+        return made, next(launches)
+
+
+def compiles(case: Configuration, target: str) -> bool:
+    """Whether Triton can compile it at all: on AMD there is no tf32x3, and the flags' fence is NVIDIA's assembly."""
+    return target != "gfx942" or (case.precision != "tf32x3" and case.sync != "flags")
+
+
+def _meta(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _lstm(case: Configuration, made: plan.Plan, dtype: torch.dtype) -> Iterator[Launch]:
+    T, B, H = case.T, case.B, case.H
+    c_shape, gates_shape = tape_shapes(T, B, H)
+    gates, c = _meta(*gates_shape, dtype=torch.float32), _meta(*c_shape, dtype=torch.float32)
+    y, h, w = _meta(T, B, H, dtype=dtype), _meta(B, H, dtype=dtype), _meta(4 * H, H, dtype=dtype)
+    b, wide = _meta(4 * H, dtype=dtype), _meta(B, H, dtype=torch.float32)
+    flags = _meta(T, B, dtype=torch.uint8) if case.options else None
+    options: dict[str, Any] = {}
+    if case.options == "all":
+        zoneout = _meta(T, B, H, dtype=torch.uint8)
+        options = {"h_mask": h, "zoneout_h": zoneout, "zoneout_c": zoneout, "peephole": _meta(3, H, dtype=dtype)}
+    if case.backward:
+        dgates = _meta(T, B, 4 * H, dtype=dtype)
+        return lstm.backward_launches(made, y, w, gates, c, h, dgates, wide, wide, flags, False, **options)
+    return lstm.forward_launches(made, gates, w, b, b, h, h, wide, y, c, flags, False, **options)
+
+
+def _rnn(case: Configuration, made: plan.Plan, dtype: torch.dtype) -> Iterator[Launch]:
+    T, B, H = case.T, case.B, case.H
+    tape = _meta(*slopes_shape(T, B, H), dtype=torch.float32)
+    y, h, w, b = (_meta(*shape, dtype=dtype) for shape in ((T, B, H), (B, H), (H, H), (H,)))
+    flags = _meta(T, B, dtype=torch.uint8) if case.options else None
+    mask = h if case.options == "all" else None
+    if case.backward:
+        return rnn.backward_launches(made, y, w, tape, y, _meta(B, H, dtype=torch.float32), flags, False, mask)
+    return rnn.forward_launches(made, tape, w, b, b, h, h, y, True, flags, "tanh", False, mask)
+
+
+def configurations() -> list[Configuration]:
+    """The shapes of the GPU benchmark in every dtype, each regime with every option, and the corners of the plans."""
+    lstm_shapes = [
+        (1024, 16, 768),
+        (512, 64, 512),
+        (128, 32, 256),
+        (100, 256, 128),
+        (2000, 8, 384),
+        (1000, 32, 1024),
+        (35, 20, 650),
+    ]
+    rnn_shapes = [(1000, 4, 1792), (512, 64, 512), (100, 256, 128)]
+    corners = [(64, 16, 20), (64, 40, 63), (64, 300, 512), (64, 16, 1500), (1, 16, 512), (64, 128, 320)]
+    precise = [("float16", "ieee"), ("bfloat16", "ieee"), *(("float32", precision) for precision in plan.PRECISIONS)]
+    found = []
+    for op, shapes in (("lstm", lstm_shapes + corners), ("rnn", rnn_shapes + corners)):
+        for backward in (False, True):
+            for shape in shapes:
+                found += [Configuration(op, backward, *shape, *kind) for kind in precise]
+                found += [Configuration(op, backward, *shape, "float16", options=what) for what in ("flags", "all")]
+            found.append(Configuration(op, backward, 512, 64, 512, "float32", options="all"))
+            found.append(Configuration(op, backward, 512, 64, 512, "float16", sync="flags"))
+            found.append(Configuration(op, backward, 512, 64, 512, "bfloat16", options="all", sync="flags"))
+    return found
+
+
+def compile_all(cases: list[Configuration], targets: list[str]) -> dict[tuple[Configuration, str], Resources]:
+    """What each takes on each target."""
+    pairs = [(case, target) for case in cases for target in targets if compiles(case, target)]
+    with ThreadPoolExecutor(2) as pool:
+        results = pool.map(lambda pair: compile_ahead(pair[0].launch(CHIPS[pair[1]])[1], pair[1]), pairs)
+        found = {}
+        for pair, resources in zip(pairs, results, strict=True):
+            found[pair] = resources
+            if len(found) % 40 == 0:
+                print(f"{len(found)} of {len(pairs)}", file=sys.stderr, flush=True)
+    return found
+
+
+def table(found: dict[tuple[Configuration, str], Resources], targets: list[str]) -> str:
+    """The figures as Markdown."""
+    lines = [
+        "# What the Triton kernels take of a GPU",
+        "",
+        f"Compiled ahead of time by Triton {triton.__version__} with no GPU (`python -m benchmarks.triton_resources`).",
+        "The kernels have **not run on a GPU yet**. A cell is registers of a thread / shared memory of a program in",
+        "KiB, the bytes of a thread that are spilled where there are any, and the plan that the shape takes there:",
+        "R resident, P persistent (p: with the weights streamed), S one launch per step; the tile of batch by units.",
+        "",
+        "| kernel | T, B, H | " + " | ".join(targets) + " |",
+        "|---|---|" + "---|" * len(targets),
+    ]
+    for case in dict.fromkeys(case for case, _ in found):
+        cells = []
+        for target in targets:
+            if not compiles(case, target):
+                cells.append("–")
+                continue
+            made, _ = case.launch(CHIPS[target])
+            letter = {"resident": "R", "persistent": "P" if made.hold else "p", "step": "S"}[made.regime]
+            resources = found[case, target]
+            spilled = f" **spills {resources.spilled}**" if resources.spilled else ""
+            cells.append(f"{resources.registers} / {resources.shared / 1024:.0f}{spilled} {letter} {made.BB}×{made.BH}")
+        lines.append(f"| {case.name} | {case.T}, {case.B}, {case.H} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    """Compiles, prints, writes; 1 when a kernel spills or takes more shared memory than there is."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.triton_resources", description=__doc__)
+    parser.add_argument("--target", choices=TARGETS, action="append", help="only this target (may be repeated)")
+    parser.add_argument("--output", type=Path, default=TABLE, help="where the table goes (%(default)s)")
+    args = parser.parse_args()
+    targets = args.target or list(TARGETS)
+    found = compile_all(configurations(), targets)
+    text = table(found, targets)
+    print(text)
+    args.output.write_text(text, encoding="utf-8")
+    wrong = [key for key, value in found.items() if value.spilled or value.shared > TARGETS[key[1]][1]]
+    for case, target in wrong:
+        print(f"{target}: {case.name} {case.T}, {case.B}, {case.H}: {found[case, target]}", file=sys.stderr)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,221 @@
+"""What the Triton kernels share: activations, the recurrent product, and waiting for the other programs of a grid.
+
+The recurrent product is cut over K between the warps of a program: each warp multiplies its own slice of h with its own
+slice of the weights, and one sum over the warps ends it. So a program can own a few units only, which spreads the work
+over all multiprocessors, and still use all its warps. Weights that are loaded before the loop over time stay in shared
+memory for the whole sequence.
+
+Everything here also runs in Triton's interpreter, so there is no libdevice, and inline assembly only where a constant
+says that the kernel is compiled.
+"""
+
+# Tuples that grow are what Triton has for lists.
+# mypy: disable-error-code="assignment,misc"
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# Bits of the step flags, as fastseq.ops.flags has them.
+CUT = tl.constexpr(1)
+PADDING = tl.constexpr(2)
+
+
+# Activations. exp overflows to infinity and underflows to zero where the results below are 1, 0 or -1: no NaN arises.
+
+
+@triton.jit
+def logistic(x):
+    """1 / (1 + exp(-x)), for every finite x."""
+    return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def tanh(x):
+    """1 - 2 / (exp(2|x|) + 1) with the sign of x; near zero, where that cancels, x + x^3 P(x^2) (Moshier 1989)."""
+    size = tl.abs(x)
+    far = 1.0 - 2.0 / (tl.exp(2.0 * size) + 1.0)
+    z = x * x
+    p = -5.70498872745e-3 * z + 2.06390887954e-2
+    p = p * z - 5.37397155531e-2
+    p = p * z + 1.33314422036e-1
+    p = p * z - 3.33332819422e-1
+    near = x + x * z * p
+    return tl.where(size < 0.625, near, tl.where(x < 0, -far, far))
+
+
+@triton.jit
+def activation(x, NAME: tl.constexpr):
+    """The nonlinearity of an Elman layer and its slope, both from x: where f saturates, its value lost the slope."""
+    if NAME == "relu":
+        # Written so that a NaN stays one.
+        return tl.where(x < 0, 0.0, x), tl.where(x > 0, 1.0, 0.0)
+    if NAME == "tanh":
+        e = tl.exp(-2.0 * tl.abs(x))
+        return tanh(x), 4.0 * e / ((1.0 + e) * (1.0 + e))
+    e = tl.exp(-tl.abs(x))
+    return logistic(x), e / ((1.0 + e) * (1.0 + e))
+
+
+@triton.jit
+def load_unit_rows(values, u, ok, H: tl.constexpr, ROWS: tl.constexpr):
+    """Rows ``[BH]`` of a ``[ROWS, H]`` array, as ``[1, BH]`` in float32; of None, zeros that the compiler drops."""
+    rows = ()
+    for i in tl.static_range(ROWS):
+        if values is None:
+            rows = rows + (0.0,)
+        else:
+            rows = rows + (tl.load(values + i * H + u, mask=ok, other=0.0).to(tl.float32)[None, :],)
+    return rows
+
+
+# The recurrent product [BB, K] x [K, N], K in FULL chunks of W * KC and one last of W * LAST.
+
+
+@triton.jit
+def weight_chunk(
+    w, columns, columns_ok, stride, START: tl.constexpr, K: tl.constexpr, KC: tl.constexpr, W: tl.constexpr
+):
+    """[W, KC, N]: row k of column n is at w + columns[n] + k * stride."""
+    k = (START + tl.arange(0, W)[:, None] * KC + tl.arange(0, KC)[None, :])[:, :, None]
+    ok = columns_ok[None, None, :]
+    if START + W * KC > K:
+        ok = ok & (k < K)
+    return tl.load(w + columns[None, None, :] + k * stride, mask=ok, other=0.0)
+
+
+@triton.jit
+def hold_weights(
+    w,
+    columns,
+    columns_ok,
+    stride,
+    K: tl.constexpr,
+    KC: tl.constexpr,
+    FULL: tl.constexpr,
+    LAST: tl.constexpr,
+    W: tl.constexpr,
+):
+    """All chunks of the weights of a program's columns, read once, for :func:`recurrent_product`."""
+    held = ()
+    for i in tl.static_range(FULL):
+        held = held + (weight_chunk(w, columns, columns_ok, stride, i * W * KC, K, KC, W),)
+    if LAST > 0:
+        held = held + (weight_chunk(w, columns, columns_ok, stride, FULL * W * KC, K, LAST, W),)
+    return held
+
+
+@triton.jit
+def state_chunk(rows, rows_ok, factors, START: tl.constexpr, K: tl.constexpr, KC: tl.constexpr, W: tl.constexpr):
+    """[W, BB, KC] of the rows that begin at the pointers ``rows``, from the L2 cache: other programs wrote them."""
+    k = (START + tl.arange(0, W)[:, None] * KC + tl.arange(0, KC)[None, :])[:, None, :]
+    ok = rows_ok[None, :, None]
+    if START + W * KC > K:
+        ok = ok & (k < K)
+    h = tl.load(rows[None, :, None] + k, mask=ok, other=0.0, cache_modifier=".cg")
+    if factors is not None:
+        h = h * tl.load(factors[None, :, None] + k, mask=ok, other=0.0)
+    return h
+
+
+@triton.jit
+def recurrent_product(
+    rows,
+    rows_ok,
+    factors,
+    held,
+    w,
+    columns,
+    columns_ok,
+    stride,
+    K: tl.constexpr,
+    KC: tl.constexpr,
+    FULL: tl.constexpr,
+    LAST: tl.constexpr,
+    W: tl.constexpr,
+    BB: tl.constexpr,
+    N: tl.constexpr,
+    HOLD: tl.constexpr,
+    DEPTH: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """[BB, N] in float32: the rows (times ``factors`` where given) by the weights, held or read again.
+
+    Rows that are not ``rows_ok`` are zero. DEPTH chunks of the rows are on their way before the first is used.
+    """
+    acc = tl.zeros([W, BB, N], dtype=tl.float32)
+    if HOLD:
+        h = ()
+        for i in tl.static_range(DEPTH if DEPTH < FULL else FULL):
+            h = h + (state_chunk(rows, rows_ok, factors, i * W * KC, K, KC, W),)
+        last = ()
+        if LAST > 0:
+            last = (state_chunk(rows, rows_ok, factors, FULL * W * KC, K, LAST, W),)
+        for i in tl.static_range(FULL):
+            acc = tl.dot(h[i], held[i], acc, input_precision=PRECISION)
+            if i + DEPTH < FULL:
+                h = h + (state_chunk(rows, rows_ok, factors, (i + DEPTH) * W * KC, K, KC, W),)
+        if LAST > 0:
+            acc = tl.dot(last[0], held[FULL], acc, input_precision=PRECISION)
+    else:
+        for start in range(0, K, W * KC):
+            k = start + tl.arange(0, W)[:, None] * KC + tl.arange(0, KC)[None, :]
+            ok = (k[:, None, :] < K) & rows_ok[None, :, None]
+            chunk = tl.load(rows[None, :, None] + k[:, None, :], mask=ok, other=0.0, cache_modifier=".cg")
+            if factors is not None:
+                chunk = chunk * tl.load(factors[None, :, None] + k[:, None, :], mask=ok, other=0.0)
+            k = k[:, :, None]
+            weights = tl.load(
+                w + columns[None, None, :] + k * stride, mask=(k < K) & columns_ok[None, None, :], other=0.0
+            )
+            acc = tl.dot(chunk, weights, acc, input_precision=PRECISION)
+    return tl.sum(acc, axis=0)
+
+
+@triton.jit
+def settled(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """``x [ROWS, COLUMNS]`` as it is, spread over the threads as memory is read and written.
+
+    The compiler would otherwise keep what a product leaves as the product's instructions have it, every warp with a
+    copy, and bring each tile that meets it into that form through shared memory. It carries no layout through a gather.
+    """
+    return tl.gather(x, tl.broadcast_to(tl.arange(0, COLUMNS)[None, :], (ROWS, COLUMNS)), axis=1)
+
+
+# Waiting. Every program of a group arrives once per step and waits for all of them before the next.
+
+
+@triton.jit
+def arrive(signals, tile, epoch, SYNC: tl.constexpr):
+    """Tell the group that this program has written what step ``epoch`` (from 1) is waited for.
+
+    The barrier orders the stores of all threads before the one thread that signals; the release makes them visible.
+    """
+    tl.debug_barrier()
+    if SYNC == "counter":
+        tl.atomic_add(signals, 1, sem="release")
+    else:
+        tl.atomic_xchg(signals + tile, epoch, sem="release")
+
+
+@triton.jit
+def wait(signals, programs, epoch, SYNC: tl.constexpr, SIGNALS: tl.constexpr, INTERPRETED: tl.constexpr):
+    """Return when all ``programs`` of the group have arrived at ``epoch``.
+
+    "counter": one number that all add to and poll. "flags": one number per program, read as a vector; the polling reads
+    are relaxed, so a fence follows them.
+    """
+    if SYNC == "counter":
+        while tl.atomic_add(signals, 0, sem="acquire") < programs * epoch:
+            pass
+    else:
+        n = tl.arange(0, SIGNALS)
+        seen = tl.load(signals + n, mask=n < programs, other=epoch, volatile=True)
+        while tl.min(seen, axis=0) < epoch:
+            seen = tl.load(signals + n, mask=n < programs, other=epoch, volatile=True)
+        if not INTERPRETED:
+            tl.inline_asm_elementwise(
+                "fence.acq_rel.gpu; mov.b32 $0, $1;", "=r,r", [seen], dtype=tl.int32, is_pure=False, pack=1
+            )
+    tl.debug_barrier()

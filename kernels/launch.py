@@ -1,0 +1,135 @@
+"""Starting a kernel: the arguments once, for a GPU, for the interpreter and for compiling ahead of time."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from fastseq.kernels.plan import H100, Chip, Plan
+
+#: Whether this process interprets kernels (TRITON_INTERPRET=1 when triton was imported) instead of compiling them.
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch by a plan: ``arguments`` are tensors (None: absent) and integers that a kernel is not compiled for,
+    ``constants`` those it is compiled for."""
+
+    kernel: Any
+    plan: Plan
+    arguments: dict[str, Tensor | int | None]
+    constants: dict[str, Any]
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Programs along each axis: those of a group, and the groups."""
+        return (self.plan.programs, self.plan.groups) if self.plan.regime != "resident" else (self.plan.groups, 1)
+
+    def run(self) -> None:
+        """Launch on the current stream of the current device."""
+        options: dict[str, Any] = {}
+        if not INTERPRETED:
+            options = compile_options(self, torch.version.hip is not None)
+        self.kernel[self.grid](**self.arguments, **self.constants, **options)
+
+
+def compile_options(launch: Launch, hip: bool) -> dict[str, Any]:
+    """What a compiled launch is told besides its constants."""
+    options: dict[str, Any] = {
+        "num_warps": launch.plan.warps,
+        "num_stages": launch.plan.stages,
+        "launch_cooperative_grid": launch.plan.regime == "persistent",
+    }
+    if not hip:
+        # A program has a multiprocessor to itself. Left alone, ptxas saves registers for a second one, and spills.
+        options["maxnreg"] = min(255, 65536 // (32 * launch.plan.warps))
+    return options
+
+
+def tile_constants(plan: Plan) -> dict[str, Any]:
+    """The constants of every kernel that cuts the recurrent product by a plan."""
+    return {
+        "BB": plan.BB,
+        "BH": plan.BH,
+        "W": plan.warps,
+        "HOLD": plan.hold,
+        "KC": plan.KC,
+        "FULL": plan.full,
+        "LAST": plan.last,
+        "DEPTH": plan.depth,
+        "SYNC": plan.sync,
+        "SIGNALS": signals_per_group(plan),
+        "PRECISION": plan.precision,
+        "INTERPRETED": INTERPRETED,
+    }
+
+
+def resident_constants(plan: Plan) -> dict[str, Any]:
+    """The constants of every resident kernel."""
+    return {"BB": plan.BB, "BH": plan.BH, "PREFETCH": plan.depth > 0, "PRECISION": plan.precision}
+
+
+def signals_per_group(plan: Plan) -> int:
+    """Numbers of a group, a cache line at least, so that groups do not disturb each other."""
+    return max(32, 1 << (plan.programs - 1).bit_length())
+
+
+def new_signals(plan: Plan, device: torch.device) -> Tensor | None:
+    """The signals of a persistent launch, at zero. A call has its own, so calls on several streams do not meet."""
+    if plan.regime != "persistent":
+        return None
+    return torch.zeros(plan.groups * signals_per_group(plan), dtype=torch.int32, device=device)
+
+
+def ranges(plan: Plan, steps: int, backward: bool) -> Iterator[tuple[int, int]]:
+    """``(begin, count)`` of each launch, in the order of the launches: all steps at once, or one each."""
+    if plan.regime != "step":
+        yield 0, steps
+        return
+    for step in reversed(range(steps)) if backward else range(steps):
+        yield step, 1
+
+
+@cache
+def _chip(index: int) -> Chip:
+    facts = triton.runtime.driver.active.utils.get_device_properties(index)
+    return Chip(facts["multiprocessor_count"], facts["max_shared_mem"])
+
+
+def chip_of(device: torch.device) -> Chip:
+    """What a plan has to know of a device. The interpreter runs programs one after the other, so there one is all that
+    may wait for each other."""
+    return _chip(device.index) if device.type == "cuda" else Chip(1, H100.shared)
+
+
+@contextlib.contextmanager
+def kernel_context(x: Tensor) -> Iterator[None]:
+    """On the device of x, below autograd and autocast: the launchers call torch's products, which must not record a
+    graph or change a dtype."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch._C._AutoDispatchBelowAutograd())
+        if torch.is_autocast_enabled(x.device.type):
+            stack.enter_context(torch.autocast(x.device.type, enabled=False))
+        if x.device.type == "cuda":
+            stack.enter_context(torch.cuda.device(x.device))
+        yield
+
+
+def expect(tensors: Iterable[tuple[str, Tensor | None, tuple[int, ...], torch.dtype]], device: torch.device) -> None:
+    """Checks ``(name, tensor or None, shape, dtype)`` rows, since ``torch.ops`` can be called past the public checks.
+
+    Raises:
+        ValueError: a tensor has another shape, dtype or device than the kernel assumes.
+    """
+    for name, tensor, shape, dtype in tensors:
+        if tensor is not None and (tensor.shape != shape or tensor.dtype != dtype or tensor.device != device):
+            got = f"{list(tensor.shape)} {tensor.dtype} on {tensor.device}"
+            raise ValueError(f"{name}: the kernel expects {list(shape)} {dtype} on {device}, got {got}")

@@ -1,0 +1,87 @@
+"""Every Triton kernel compiles for GPUs that are not there, spills nothing and fits into their shared memory."""
+
+from __future__ import annotations
+
+import pytest
+
+triton = pytest.importorskip("triton", reason="triton is not installed (it is optional)")
+
+from benchmarks import triton_resources  # noqa: E402
+from benchmarks.triton_resources import CHIPS, Configuration  # noqa: E402
+from fastseq.kernels import plan  # noqa: E402
+from fastseq.kernels.ahead import TARGETS, compile_ahead  # noqa: E402
+
+ALL = triton_resources.configurations()
+# Each kernel once on each target, in half type with every option: where registers are scarcest.
+QUICK = [
+    Configuration(op, backward, T, B, H, "bfloat16", options="all")
+    for op in ("lstm", "rnn")
+    for backward in (False, True)
+    for T, B, H in ((1024, 16, 768), (100, 32, 128))
+]
+
+
+def check(case: Configuration, target: str) -> None:
+    resources = compile_ahead(case.launch(CHIPS[target])[1], target)
+    assert resources.spilled == 0, f"{case.name} for {target} spills: {resources}"
+    assert resources.shared <= TARGETS[target][1], f"{case.name} does not fit {target}: {resources}"
+    if case.dtype != "float32":
+        assert resources.tensor_cores > 0, f"{case.name} for {target} uses no tensor cores: {resources}"
+
+
+@pytest.mark.parametrize("target", ["sm_90"])
+@pytest.mark.parametrize("case", QUICK, ids=str)
+def test_each_kernel_compiles(case: Configuration, target: str) -> None:
+    check(case, target)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("case", "target"),
+    [(case, target) for target in TARGETS for case in ALL if triton_resources.compiles(case, target)],
+    ids=str,
+)
+def test_every_configuration_compiles(case: Configuration, target: str) -> None:
+    check(case, target)
+
+
+def test_every_kernel_and_regime_is_among_the_configurations() -> None:
+    seen = {(case.launch(plan.H100)[1].kernel.__name__, case.launch(plan.H100)[0].regime) for case in ALL}
+    passes = [f"{op}_{which}" for op in ("lstm", "rnn") for which in ("forward", "backward")]
+    assert seen == {
+        pair
+        for name in passes
+        for pair in (
+            (f"{name}_resident", "resident"),
+            (f"{name}_spread", "persistent"),
+            (f"{name}_spread", "step"),
+        )
+    }
+
+
+def test_another_length_and_batch_compile_nothing_new() -> None:
+    """What a kernel is compiled for does not hang on T or, within a tile, on B."""
+    kernels = set()
+    for T, B in ((64, 16), (65, 16), (64, 15)):
+        launch = Configuration("lstm", False, T, B, 512, "float16").launch(plan.H100)[1]
+        kernels.add((launch.kernel.__name__, tuple(launch.constants.items())))
+        assert {"T", "B", "begin", "count"} <= launch.arguments.keys() - launch.constants.keys()
+    assert len(kernels) == 1
+
+
+def test_plans_cover_every_unit_and_sequence_once() -> None:
+    for gates in (1, 4):
+        for H in (1, 17, 100, 129, 512, 650, 1000, 1792, 3000, 9000):
+            for B in (1, 16, 33, 300):
+                for backward in (False, True):
+                    made = plan.choose(plan.Shape(gates, backward, 10, B, H, 2), plan.H100)
+                    assert made.programs * made.BH >= H > (made.programs - 1) * made.BH
+                    assert made.groups <= -(-B // made.BB)
+                    assert made.regime != "persistent" or made.programs * made.groups <= plan.H100.programs
+                    K = gates * H if backward else H
+                    assert made.warps * (made.full * made.KC + made.last) >= K or made.regime == "resident"
+
+
+def test_an_unknown_choice_is_refused() -> None:
+    with pytest.raises(ValueError, match="no field to choose named colour"), plan.override(colour="red"):
+        pass
