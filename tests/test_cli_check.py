@@ -35,11 +35,8 @@ def test_cases_have_names_of_their_own(op):
 
 @pytest.mark.parametrize("wrong", [float("nan"), 1.0])
 def test_a_mismatch_is_found(wrong, monkeypatch, capsys):
-    original = testing.compare
-
     def compare(op, inputs, **options):
-        first, *rest = original(op, inputs, **options)
-        return [testing.Comparison(first.name, wrong, first.allowed, False), *rest]
+        return [testing.Comparison("y", wrong, 0.5, False), testing.Comparison("h_n", 0.0, 0.5, True)]
 
     monkeypatch.setattr(testing, "compare", compare)
     assert main(["check", "--op", "rnn", "--dtype", "float32"]) == 1
@@ -57,5 +54,6 @@ def test_an_exception_is_a_mismatch(monkeypatch, capsys):
     assert "the kernel fell over" in capsys.readouterr().out
 
 
+@pytest.mark.full
 def test_everything_passes():
     assert main(["check"]) == 0
