@@ -222,6 +222,15 @@ def test_results_survive_the_file() -> None:
     assert results.from_json(results.to_json(run)) == run
 
 
+def test_merged_runs_keep_the_best_limits() -> None:
+    def run(fma: float, read: float | None) -> results.Run:
+        return run_of([], peaks={"fma_gflops": {"float32": fma}, "read_gbytes": {"16 KiB per thread": read}})
+
+    expected = {"fma_gflops": {"float32": 3.0}, "read_gbytes": {"16 KiB per thread": 5.0}}
+    assert results.merged(run(3.0, None), run(2.0, 5.0), CASES).environment["peaks"] == expected
+    assert results.merged(run(2.0, 5.0), run(3.0, 4.0), CASES).environment["peaks"] == expected
+
+
 def test_disturbed_cases_are_named() -> None:
     quiet, noisy = row(SMALL[0], 2.0), row(SMALL[1], 2.0, forced_isa="avx2")
     noisy.figures["torch"] = replace(noisy.figures["torch"], ms=spread(4.0, 0.3))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -155,11 +156,17 @@ def test_interleaved_rounds_alternate(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_interleaved_wakes_each_pool(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timing, "elapsed", lambda call, repeats=1: [1e-5, call()][0])
-    order: list[str] = []
-    calls = {name: lambda name=name: order.append(name) for name in "abc"}
+    runs: list[tuple[str, int]] = []
+
+    def elapsed(call: Callable[[], str], repeats: int = 1) -> float:
+        runs.append((call(), repeats))
+        return timing.TARGET_SECONDS / 3
+
+    monkeypatch.setattr(timing, "elapsed", elapsed)
+    calls = {name: lambda name=name: name for name in "abc"}
     timing.interleaved(calls, 1, pools={"a": "one", "b": "one", "c": "two"})
-    assert "".join(order) == "aabbcc" + "a" + "ab" + "cc"  # the first of a pool is called once more, before its sample
+    # Where the pool changes, a sample of three calls runs once more before it is timed.
+    assert [name for name, repeats in runs if repeats == 3] == ["a", "a", "b", "c", "c"]
 
 
 def test_long_calls_get_fewer_rounds(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,9 +45,9 @@ def interleaved(
 ) -> dict[str, list[float]]:
     """Times the calls in turn, ``rounds`` times, in an order that is reversed from one round to the next.
 
-    Each sample repeats its call as often as makes it last ``TARGET_SECONDS``. What has a thread pool of its own wakes
-    it first, by a call that is not timed, after a pause in which the threads of the last pool stop spinning: two pools
-    on the same cores would otherwise slow each other down.
+    Each sample repeats its call as often as makes it last ``TARGET_SECONDS``. Where the thread pool changes there is a
+    pause first, in which the threads of the last one stop spinning, since two pools on the same cores slow each other
+    down. A whole sample is then run that is not timed, since threads that wake together may share a core for a while.
 
     Args:
         calls: what to time, by name; each has been called before.
@@ -80,7 +80,7 @@ def interleaved(
                 pool = pools.get(name)
                 time.sleep(SETTLE_SECONDS)
                 if repeats[name] > 1:
-                    calls[name]()
+                    elapsed(calls[name], repeats[name])
             samples[name].append(elapsed(calls[name], repeats[name]))
         advance(1 / rounds)
     return samples

@@ -161,10 +161,18 @@ def merged(old: Run, new: Run, order: Sequence[Case]) -> Run:
     place = {case: index for index, case in enumerate(order)}
     ordered = sorted(rows.values(), key=lambda row: (row.forced_isa or "", place.get(row.case, len(place))))
     # A provider that was installed for either part is named.
-    facts = {key: new.environment.get(key) or value for key, value in old.environment.items()} | {
-        key: value for key, value in new.environment.items() if key not in old.environment
-    }
+    facts = old.environment | {key: value for key, value in new.environment.items() if value is not None}
+    facts["peaks"] = _best_of(old.environment.get("peaks"), new.environment.get("peaks"))
     return Run(facts, ordered, new.scaling or old.scaling)
+
+
+def _best_of(one: Any, other: Any) -> Any:
+    """The larger of two limits, or of each of two sets of them: a limit is what the machine reached undisturbed."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return {key: _best_of(one.get(key), other.get(key)) for key in one | other}
+    if one is None or other is None:
+        return other if one is None else one
+    return max(one, other)
 
 
 @dataclass(frozen=True)
