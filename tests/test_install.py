@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = (
     "fastseq",
     "fastseq.cli",
+    "fastseq.cli.bench",
     "fastseq.cpu",
     "fastseq.kernels",
     "fastseq.nn",
