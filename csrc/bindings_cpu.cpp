@@ -5,6 +5,7 @@
 #include <pybind11/stl.h>
 
 #include <cstdint>
+#include <initializer_list>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -25,15 +26,19 @@ Item* pointer(Address address) {
   return reinterpret_cast<Item*>(address);
 }
 
+Storage storage_of(int storage) {
+  if (storage < 0 || storage > static_cast<int>(Storage::kFloat16)) throw std::invalid_argument("unknown storage type");
+  return static_cast<Storage>(storage);
+}
+
 template <typename Params>
 void set_sizes(Params& p, int storage, int activation, const std::vector<std::int64_t>& sizes, int threads) {
-  if (storage < 0 || storage > static_cast<int>(Storage::kFloat16)) throw std::invalid_argument("unknown storage type");
   if (activation < 0 || activation > static_cast<int>(Activation::kLogistic))
     throw std::invalid_argument("unknown activation");
   if (sizes.size() != 5) throw std::invalid_argument("sizes must be (T, B, I, H, P)");
   for (std::size_t i = 0; i < sizes.size(); ++i)  // an input of no columns is allowed: a layer that hears only itself
     if (sizes[i] < (i == 2 ? 0 : 1)) throw std::invalid_argument("sizes (T, B, I, H, P) out of range");
-  p.storage = static_cast<Storage>(storage);
+  p.storage = storage_of(storage);
   p.activation = static_cast<Activation>(activation);
   p.T = sizes[0], p.B = sizes[1], p.I = sizes[2], p.H = sizes[3], p.P = sizes[4];
   p.threads = threads < 1 ? 1 : threads;
@@ -104,6 +109,61 @@ void check_rnn_backward(const BackwardParams& p) {
   require(p.gates != nullptr, "gates");
 }
 
+void require_sizes(std::initializer_list<std::int64_t> sizes) {
+  for (const std::int64_t size : sizes)
+    if (size < 1) throw std::invalid_argument("sizes must be at least 1");
+}
+
+ClusterParams cluster_params(int task, int storage, int given_storage, int gradient_storage, std::int64_t N,
+                             std::int64_t d, std::int64_t K, double alpha, double scale, Address z, Address centers,
+                             Address given, Address freq, Address q, Address loss, Address dz, Address dcenters,
+                             int threads) {
+  ClusterParams p{};
+  if (task < 0 || task > static_cast<int>(ClusterTask::kFrequencyLoss)) throw std::invalid_argument("unknown task");
+  p.task = static_cast<ClusterTask>(task);
+  p.storage = storage_of(storage), p.given_storage = storage_of(given_storage);
+  p.gradient_storage = storage_of(gradient_storage);
+  const bool wide = p.storage == Storage::kFloat64;
+  if (wide != (p.given_storage == Storage::kFloat64) || wide != (p.gradient_storage == Storage::kFloat64))
+    throw std::invalid_argument("double is not mixed with other types");
+  p.N = N, p.d = d, p.K = K, p.alpha = alpha, p.scale = scale;
+  p.z = pointer(z), p.centers = pointer(centers), p.given = pointer(given), p.freq = pointer(freq);
+  p.q = pointer(q), p.loss = pointer<double>(loss), p.dz = pointer(dz), p.dcenters = pointer(dcenters);
+  p.threads = threads < 1 ? 1 : threads;
+  return p;
+}
+void check_cluster(const ClusterParams& p) {
+  require_sizes({p.N, p.d, p.K});
+  if (!(p.alpha > 0)) throw std::invalid_argument("alpha must be positive");
+  require(p.z && p.centers, "z and centers");
+  const bool with_given = p.task == ClusterTask::kAssignBackward || p.task == ClusterTask::kTargetLoss;
+  const bool with_loss = p.task == ClusterTask::kTargetLoss || p.task == ClusterTask::kFrequencyLoss;
+  require(!with_given || p.given, "given");
+  require(p.task != ClusterTask::kFrequencyLoss || p.freq, "freq");
+  require(!with_loss || p.loss, "loss");
+  require(p.task != ClusterTask::kAssign || (p.q && !p.dz && !p.dcenters), "q alone");
+}
+
+NearestParams nearest_params(int storage, std::int64_t N, std::int64_t d, std::int64_t K, Address z, Address centers,
+                             Address labels, Address distance, int threads) {
+  return {
+      storage_of(storage),      N, d, K, pointer(z), pointer(centers), pointer<std::int64_t>(labels), pointer(distance),
+      threads < 1 ? 1 : threads};
+}
+void check_nearest(const NearestParams& p) {
+  require_sizes({p.N, p.d, p.K});
+  require(p.z && p.centers && p.labels && p.distance, "z, centers, labels and distance");
+}
+
+TargetParams target_params(int storage, std::int64_t N, std::int64_t K, Address q, Address freq, Address p,
+                           int threads) {
+  return {storage_of(storage), N, K, pointer(q), pointer(freq), pointer(p), threads < 1 ? 1 : threads};
+}
+void check_target(const TargetParams& p) {
+  require_sizes({p.N, p.K});
+  require(p.q && p.p, "q and p");
+}
+
 // A Python function that takes what `make` takes, checks the params it gives, and runs the kernel without the GIL.
 template <auto kKernel, typename Params, typename... Arguments>
 auto bind(Params (*make)(Arguments...), void (*check)(const Params&)) {
@@ -161,4 +221,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("rnn_backward", bind<&KernelTable::rnn_backward>(&backward_params, &check_rnn_backward));
   m.def("fma_loop", &run_peak<&KernelTable::fma_loop>);
   m.def("read_loop", &run_peak<&KernelTable::read_loop>);
+  m.def("cluster", bind<&KernelTable::cluster>(&cluster_params, &check_cluster));
+  m.def("nearest", bind<&KernelTable::nearest>(&nearest_params, &check_nearest));
+  m.def("target", bind<&KernelTable::target>(&target_params, &check_target));
 }

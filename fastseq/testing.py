@@ -54,9 +54,31 @@ class _Op:
     states: tuple[str, ...] = ()  # further outputs with return_states
 
 
+def _alone(function: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, ...]]:
+    return lambda **inputs: (function(**inputs),)
+
+
+def _nearest(function: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, ...]]:
+    """Labels may differ where two centres are equally near but for rounding: how far they are must not."""
+
+    def run(z: Tensor, centers: Tensor) -> tuple[Tensor, ...]:
+        labels, squared_distance = function(z, centers)
+        return squared_distance, (z - centers[labels]).square().sum(-1)
+
+    return run
+
+
 _OPS = {
     "lstm": _Op(functional.lstm, reference.lstm, ("y", "h_n", "c_n"), ("c", "gates")),
     "rnn": _Op(functional.rnn, reference.rnn, ("y", "h_n")),
+    "student_t_assignment": _Op(
+        _alone(functional.student_t_assignment), _alone(reference.student_t_assignment), ("q",)
+    ),
+    "target_distribution": _Op(_alone(functional.target_distribution), _alone(reference.target_distribution), ("p",)),
+    "clustering_loss": _Op(_alone(functional.clustering_loss), _alone(reference.clustering_loss), ("loss",)),
+    "nearest_center": _Op(
+        _nearest(functional.nearest_center), _nearest(reference.nearest_center), ("squared_distance", "to_label")
+    ),
 }
 
 

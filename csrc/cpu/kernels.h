@@ -2,8 +2,11 @@
 // else.
 #pragma once
 
+#include "clustering.h"
+#include "nearest.h"
 #include "peaks.h"
 #include "recurrence.h"
+#include "target.h"
 
 namespace fastseq {
 namespace {
@@ -16,12 +19,28 @@ void dispatch(const Params& p) {
     p.flags ? launch<Kernel<Cell, float, true>>(p) : launch<Kernel<Cell, float, false>>(p);
 }
 
+inline void cluster(const ClusterParams& p) {
+  const bool unit = p.alpha == 1;
+  if (p.storage == Storage::kFloat64)
+    unit ? launch<Clustering<double, true>>(p) : launch<Clustering<double, false>>(p);
+  else
+    unit ? launch<Clustering<float, true>>(p) : launch<Clustering<float, false>>(p);
+}
+
+template <template <typename> class Kernel, typename Params>
+void dispatch_storage(const Params& p) {
+  p.storage == Storage::kFloat64 ? launch<Kernel<double>>(p) : launch<Kernel<float>>(p);
+}
+
 constexpr KernelTable make_table(const char* name) {
   return {name,
           &dispatch<RecurrentForward, LstmCell, ForwardParams>,
           &dispatch<RecurrentBackward, LstmCell, BackwardParams>,
           &dispatch<RecurrentForward, ElmanCell, ForwardParams>,
           &dispatch<RecurrentBackward, ElmanCell, BackwardParams>,
+          &cluster,
+          &dispatch_storage<NearestCenter, NearestParams>,
+          &dispatch_storage<TargetDistribution, TargetParams>,
           &fma_loop,
           &read_loop};
 }

@@ -54,6 +54,41 @@ struct BackwardParams {
   int threads;
 };
 
+// Soft assignment of N points to K centres, its gradients, and the clustering loss with its gradients.
+enum class ClusterTask : int { kAssign = 0, kAssignBackward = 1, kTargetLoss = 2, kFrequencyLoss = 3 };
+struct ClusterParams {
+  ClusterTask task;
+  Storage storage;           // of z, centers and q
+  Storage given_storage;     // of given
+  Storage gradient_storage;  // of dz and dcenters
+  int64_t N, d, K;
+  double alpha, scale;      // scale multiplies the loss and its gradients
+  const void *z, *centers;  // [N, d], [K, d]
+  const void* given;        // [N, K]: the target, or the gradient that arrives at q
+  const void* freq;         // [K], in the arithmetic type
+  void* q;                  // [N, K]
+  double* loss;
+  void *dz, *dcenters;  // [N, d], [K, d]; each may be null: not asked for
+  int threads;
+};
+
+struct NearestParams {
+  Storage storage;
+  int64_t N, d, K;
+  const void *z, *centers;  // [N, d], [K, d]
+  int64_t* labels;          // [N]
+  void* distance;           // [N]
+  int threads;
+};
+
+struct TargetParams {
+  Storage storage;
+  int64_t N, K;
+  const void *q, *freq;  // [N, K], [K] in the arithmetic type or null
+  void* p;               // [N, K]
+  int threads;
+};
+
 // For the loops in peaks.h, which reach a limit of the machine.
 struct PeakParams {
   Storage storage;   // of the multiply-adds: float32 or float64
@@ -73,6 +108,9 @@ struct KernelTable {
   BackwardFn lstm_backward;
   ForwardFn rnn_forward;
   BackwardFn rnn_backward;
+  void (*cluster)(const ClusterParams&);
+  void (*nearest)(const NearestParams&);
+  void (*target)(const TargetParams&);
   PeakFn fma_loop, read_loop;
 };
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from fastseq.cli import console
 
-OPERATIONS = ("lstm", "rnn")
+RECURRENCES = ("lstm", "rnn")
+OPERATIONS = (*RECURRENCES, "student_t_assignment", "target_distribution", "clustering_loss", "nearest_center")
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -61,8 +62,16 @@ class Outcome:
 DRAWS, NUMBERS = 4, 256
 
 
-def cases(op: str) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """Name and draws of float64 inputs of each case: plain, odd sizes, one step, one unit, no bias, lengths, resets, …
+Cases = Iterator[tuple[str, list[dict[str, Any]]]]
+
+
+def cases(op: str) -> Cases:
+    """Name and draws of float64 inputs of each case of an operation."""
+    return recurrence_cases(op) if op in RECURRENCES else clustering_cases(op)
+
+
+def recurrence_cases(op: str) -> Cases:
+    """Plain, odd sizes, one step, one unit, no bias, lengths, resets, …
 
     Weights are drawn as ``torch.nn`` initialises them.
     """
@@ -105,6 +114,41 @@ def cases(op: str) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     if op == "rnn":
         yield "relu", inputs(9, 5, 24, 33, nonlinearity="relu")
         yield "sigmoid", inputs(9, 5, 24, 33, nonlinearity="sigmoid")
+
+
+def clustering_cases(op: str) -> Cases:
+    """Plain, odd sizes, one of everything, other degrees of freedom, a target and frequencies."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.rand(shape, generator=generator, dtype=torch.float64)
+
+    def one(N: int, d: int, K: int, by: str, options: dict[str, Any]) -> dict[str, Any]:
+        if op == "target_distribution":
+            made = {"q": random(N, K).softmax(-1)}
+        else:
+            scale = min(1.0, 2 / d**0.5)  # else all distances would be nearly the same where d is large
+            made = {"z": scale * (2 * random(N, d) - 1), "centers": scale * (2 * random(K, d) - 1)}
+        if by == "target":
+            made["target"] = random(N, K).softmax(-1)
+        if by == "freq":
+            made["freq"] = N / K * (0.5 + random(K))
+        return made | options
+
+    takes_alpha = op in ("student_t_assignment", "clustering_loss")
+    ways = {"clustering_loss": ("target", "freq"), "target_distribution": ("", "freq")}.get(op, ("",))
+    for by in ways:
+        for alpha in (1.0, 0.5, 5.0) if takes_alpha else (None,):
+            for name, sizes in (
+                ("plain", (200, 10, 10)),
+                ("one of everything", (1, 1, 1)),
+                ("odd sizes", (63, 65, 130)),
+                ("more odd sizes", (130, 3, 17)),
+            ):
+                words = [name, *([f"alpha {alpha:g}"] if alpha else []), *([by] if by else [])]
+                options = {"alpha": alpha} if alpha else {}
+                count = max(DRAWS, NUMBERS // (sizes[0] * min(sizes[1:])))
+                yield ", ".join(words), [one(*sizes, by, options) for _ in range(count)]
 
 
 def targets(operations: list[str], dtypes: list[str]) -> Iterator[Target]:

@@ -8,10 +8,22 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-from fastseq.cpu import lstm, rnn
+from fastseq.cpu import clustering_loss, lstm, nearest_center, rnn, student_t, target_distribution
 from fastseq.cpu.extension import _cpu
 
-__all__ = ["available", "isa", "isas", "lstm", "rnn", "use_isa", "why_unavailable"]
+__all__ = [
+    "available",
+    "clustering_loss",
+    "isa",
+    "isas",
+    "lstm",
+    "nearest_center",
+    "rnn",
+    "student_t",
+    "target_distribution",
+    "use_isa",
+    "why_unavailable",
+]
 
 
 def available() -> bool:

@@ -4,7 +4,9 @@ expression; only when that fails is it worth the time to find the culprit.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
+from numbers import Real
 from typing import Any, NoReturn
 
 import torch
@@ -180,6 +182,52 @@ def _readable(value: Tensor) -> bool:
     if value.is_meta or torch._C._len_torch_dispatch_stack() > 0:
         return False
     return not (value.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def check_points(z: Any, centers: Any) -> None:
+    """``z`` is ``[N, d]`` and ``centers`` is ``[K, d]``, of one dtype on one device, with K and d at least 1.
+
+    Raises:
+        TypeError: not tensors, or of dtypes or devices that are not served together.
+        ShapeError: of the wrong rank or size.
+    """
+    check_kinds((("z", z), ("centers", centers)), optional=frozenset())
+    if z.dim() != 2 or z.shape[1] == 0:
+        refuse_shape("z", "shape [N, d] with d of at least 1", z.shape)
+    if centers.dim() != 2 or centers.shape[0] == 0 or centers.shape[1] != z.shape[1]:
+        refuse_shape("centers", f"shape [K, d] = [K, {z.shape[1]}] with K of at least 1", centers.shape)
+
+
+def check_alpha(alpha: Any) -> float:
+    """``alpha``, the degrees of freedom, as a float.
+
+    Raises:
+        TypeError: it is not a real number.
+        ValueError: it is not positive and finite.
+    """
+    if not isinstance(alpha, Real) or isinstance(alpha, bool):
+        raise TypeError(f"alpha: expected a number, got {type(alpha).__name__}")
+    value = float(alpha)
+    if not 0 < value < math.inf:
+        raise ValueError(f"alpha: expected a positive finite number, got {value}")
+    return value
+
+
+def check_frequencies(freq: Any, like: Tensor, name: str, centers: int) -> None:
+    """``freq`` is a floating tensor ``[K]`` where ``like``, the argument ``name``, is.
+
+    Raises:
+        TypeError: not a floating tensor, or on another device.
+        ShapeError: of the wrong shape.
+    """
+    if not isinstance(freq, Tensor):
+        raise TypeError(f"freq: expected a Tensor or None, got {type(freq).__name__}")
+    if not freq.is_floating_point():
+        raise TypeError(f"freq: expected a floating dtype, got {freq.dtype}")
+    if freq.device != like.device:
+        raise TypeError(f"freq: expected device {like.device}, that of {name}, got {freq.device}")
+    if freq.shape != (centers,):
+        refuse_shape("freq", f"shape [K] = [{centers}]", freq.shape)
 
 
 def autocast_dtype(x: Any) -> torch.dtype | None:

@@ -24,7 +24,8 @@ from torch import Tensor
 from fastseq import cpu
 
 IMPLEMENTATIONS = ("reference", "cpp", "triton", "cuda")
-OPS = ("lstm", "rnn")
+RECURRENCES = ("lstm", "rnn")
+OPS = (*RECURRENCES, "student_t_assignment", "target_distribution", "clustering_loss", "nearest_center")
 
 #: What each operation offers beside its plain form. The reference serves all of it.
 OPTIONS = {
@@ -82,6 +83,8 @@ def why_not(implementation: str, device: str, op: str = "", options: Sequence[st
         return reason if reason is not None or not options else _unserved(implementation, op, options)
     if implementation == "triton":
         reason = _why_not_triton(device)
+        if reason is None and op and (implementation, op) not in SERVED:
+            return f"there are no Triton kernels of {op} yet"
         return reason if reason is not None or not options else _unserved(implementation, op, options)
     if implementation in IMPLEMENTATIONS:
         return f"this version of fastseq has no {implementation} kernels"
@@ -126,9 +129,11 @@ def serving(op: str, device: str = "cpu", options: Iterable[str] = ()) -> tuple[
     reason = why_not("cpp", device, op, options)
     if reason is None:
         return "cpp", f"C++ kernels, {cpu.isa()}"
-    if device == "cuda" and why_not("triton", device) is None:
+    if device == "cuda" and why_not("triton", device, op) is None:
         reason = "the Triton kernels have not been verified on a GPU yet (FASTSEQ_IMPL=triton forces them)"
-    return "reference", reason if device == "cpu" else f"{reason}; plain layers use torch's own path"
+    if device != "cpu" and op in RECURRENCES:
+        reason += "; plain layers use torch's own path"
+    return "reference", reason
 
 
 def _choose(device: str, op: str = "", options: Sequence[str] = ()) -> str:
@@ -166,7 +171,7 @@ def _warn_once(device: str) -> None:
     if device not in _warned:
         _warned.add(device)
         warnings.warn(
-            f"fastseq has no verified kernels for {device} tensors: the plain reference serves them, step by step",
+            f"fastseq has no verified kernels for {device} tensors: the plain reference serves them",
             stacklevel=3,
         )
 
@@ -181,11 +186,12 @@ def register_kernels(
     """Registers the kernels of ``fastseq::name``: ``reference`` for every device, ``cpp`` beside it for the CPU, and
     the Triton launcher of the same name, which is imported when it is first wanted.
 
-    ``options_used`` tells from the arguments of a call which options of ``op`` it uses.
+    ``op`` is the operation it belongs to, and ``options_used`` tells from the arguments of a call which options of it
+    are used.
     """
 
     def for_cpu(*args: Any) -> Any:
-        chosen = _choose("cpu")
+        chosen = _choose("cpu", op)
         if chosen == "triton":
             return _triton_launcher(name)(*args)
         return cpp(*args) if chosen == "cpp" else reference(*args)
@@ -203,7 +209,7 @@ def register_kernels(
 
     def for_others(*args: Any) -> Any:
         device = next(arg for arg in args if isinstance(arg, Tensor)).device.type
-        if _choose(device) == "reference" and _forced is None:
+        if _choose(device, op) == "reference" and _forced is None:
             _warn_once(device)
         return reference(*args)
 

@@ -1,0 +1,138 @@
+"""The clustering loss with both gradients against its peers: ``python -m benchmarks.bench_clustering_loss``.
+
+Each provider is checked against the float64 reference before it is timed. The peers are those in use: pt-dec's
+broadcast form, ``torch.cdist``, and the expanded square in eager mode and compiled.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fastseq import functional as F
+from fastseq.cli.timing import interleaved, quantiles
+
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+BASELINES = ("cdist", "matmul", "matmul compiled")  # the best of these is the bar
+
+
+@dataclass(frozen=True)
+class Case:
+    """N points, d features, K centres."""
+
+    N: int
+    d: int
+    K: int
+
+    def __str__(self) -> str:
+        return f"({self.N}, {self.d}, {self.K})"
+
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Points and centres that want gradients, and the target of their own assignment."""
+        generator = torch.Generator().manual_seed(0)
+        z, centers = (torch.randn(n, self.d, generator=generator) for n in (self.N, self.K))
+        target = F.target_distribution(F.student_t_assignment(z, centers))
+        return z.requires_grad_(), centers.requires_grad_(), target
+
+
+CASES = (Case(70_000, 10, 10), Case(10_000, 10, 4), Case(200_000, 32, 256))
+
+
+def broadcast(z: Tensor, centers: Tensor, target: Tensor) -> Tensor:
+    """As pt-dec and ClustPy write it: N·K·d numbers."""
+    numerator = 1 / (1 + ((z.unsqueeze(1) - centers) ** 2).sum(2))
+    q = numerator / numerator.sum(1, keepdim=True)
+    return torch.nn.functional.kl_div(q.log(), target, reduction="sum")
+
+
+def cdist(z: Tensor, centers: Tensor, target: Tensor) -> Tensor:
+    """N·K numbers, some of them several times."""
+    numerator = 1 / (1 + torch.cdist(z, centers) ** 2)
+    q = numerator / numerator.sum(1, keepdim=True)
+    return torch.nn.functional.kl_div(q.log(), target, reduction="sum")
+
+
+def matmul(z: Tensor, centers: Tensor, target: Tensor) -> Tensor:
+    """The expanded square: the fastest in plain PyTorch, and inexact far from the origin."""
+    distance = (z * z).sum(1, keepdim=True) - 2 * z @ centers.T + (centers * centers).sum(1)
+    numerator = 1 / (1 + distance.clamp_min(0))
+    q = numerator / numerator.sum(1, keepdim=True)
+    return torch.nn.functional.kl_div(q.log(), target, reduction="sum")
+
+
+def providers(case: Case) -> dict[str, Loss]:
+    """By name; the frequencies of ``fastseq, freq`` are those that the target was made of."""
+    z, centers, _ = case.inputs()
+    freq = F.accumulate_frequencies([z], centers).float()
+    found: dict[str, Loss] = {
+        "fastseq": F.clustering_loss,
+        "fastseq, freq": lambda z, centers, _: F.clustering_loss(z, centers, freq=freq),
+        "cdist": cdist,
+        "matmul": matmul,
+        "matmul compiled": torch.compile(matmul, dynamic=False),
+    }
+    if case.N * case.K * case.d < 1e8:  # else it would not fit in memory
+        found["broadcast"] = broadcast
+    return found
+
+
+def training(loss: Loss, inputs: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss and both gradients."""
+    value = loss(*inputs)
+    dz, dcenters = torch.autograd.grad(value, inputs[:2])
+    return value.detach(), dz, dcenters
+
+
+def check(case: Case) -> None:
+    """Every provider gives what F.clustering_loss gives, to what the expanded square leaves of float32.
+
+    Raises:
+        AssertionError: it does not.
+    """
+    inputs = case.inputs()
+    by_name = providers(case)
+    z, centers, target = (value.detach().double() for value in inputs)
+    truth = training(F.clustering_loss, (z.requires_grad_(), centers.requires_grad_(), target))
+    for name, loss in by_name.items():
+        for got, expected in zip(training(loss, inputs), truth, strict=True):
+            if not torch.allclose(got.double(), expected, rtol=1e-3, atol=1e-4):
+                raise AssertionError(f"{case}: {name} is wrong")
+
+
+def measure(case: Case, rounds: int) -> dict[str, list[float]]:
+    """Seconds per loss and both gradients of each provider, interleaved; one list entry per round."""
+    inputs = case.inputs()
+    calls = {name: partial(training, loss, inputs) for name, loss in providers(case).items()}
+    return interleaved(calls, rounds)
+
+
+def main() -> None:
+    """Prints a table; ``--json`` writes the samples."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    results = []
+    for case in CASES:
+        check(case)
+        samples = measure(case, args.rounds)
+        best = min((name for name in BASELINES), key=lambda name: quantiles(samples[name]).median)
+        print(f"{case}, {torch.get_num_threads()} threads; ratios to {best}")
+        for name, seconds in samples.items():
+            ratio = quantiles([bar / mine for bar, mine in zip(samples[best], seconds, strict=True)])
+            time = quantiles([1e3 * value for value in seconds])
+            print(f"  {name:18} {time.median:9.3f} ms  ({time.p20:.3f} to {time.p80:.3f})  {ratio.median:6.2f}x")
+        results.append({"case": asdict(case), "seconds": samples})
+    if args.json is not None:
+        args.json.write_text(json.dumps(results) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,260 @@
+// Soft assignment to centres, the clustering loss, and the gradients of both for points and centres in the same pass.
+//
+// Points are worked on in groups (distances.h), and several groups, a stretch, between two visits to the centres'
+// gradients. Per stretch: distances, assignment and weights w_ij of every group (student_t.h), then
+//   dz_i = sum_j w_ij (z_i - mu_j)        dmu_j = -sum_i w_ij (z_i - mu_j)
+// with each difference made once for both sums: the lanes of dz are points, and those of dmu partial sums that are
+// added up when the stretch is done. Nothing is larger than a stretch, whatever N is.
+//
+// The points are cut into blocks whose number depends on the sizes alone. Each has sums of its own, and these are added
+// up in order: the same bits for any number of threads.
+#pragma once
+
+#include "student_t.h"
+#include "team.h"
+
+namespace fastseq {
+namespace {
+
+// Features of a register tile of the gradients, with kPointVectors vectors each, and centres between two reductions.
+constexpr int kTileFeatures = kTileRows == 6 ? 4 : 2;
+constexpr int kReduceCenters = 16;
+
+constexpr int64_t kMostBlocks = 64, kFewestBlocks = 8;
+constexpr int64_t kBlockBytes = int64_t{16} << 20;     // what all blocks' sums may take together
+constexpr int64_t kStretchBytes = int64_t{768} << 10;  // what a stretch may take: it should stay in cache
+constexpr int64_t kMostGroups = 8;
+
+template <typename Real, bool kUnitAlpha>
+class Clustering {
+ public:
+  explicit Clustering(const ClusterParams& p)
+      : p_(p),
+        loss_task_(p.task == ClusterTask::kTargetLoss || p.task == ClusterTask::kFrequencyLoss),
+        gradients_(p.dz != nullptr || p.dcenters != nullptr),
+        groups_(divide_up(p.N, kGroupPoints<Real>)) {
+    const int64_t group_bytes = (p.K + 2 * p.d) * kGroupStride<Real> * static_cast<int64_t>(sizeof(Real));
+    stretch_ = !gradients_ ? 1 : group_bytes * kMostGroups < kStretchBytes ? kMostGroups : kStretchBytes / group_bytes;
+    if (stretch_ < 1) stretch_ = 1;
+    blocks_ = kBlockBytes / (p.K * p.d * static_cast<int64_t>(sizeof(Real)));
+    if (blocks_ > kMostBlocks || !p.dcenters) blocks_ = kMostBlocks;
+    if (blocks_ < kFewestBlocks) blocks_ = kFewestBlocks;
+    if (blocks_ > divide_up(groups_, stretch_)) blocks_ = divide_up(groups_, stretch_);
+    threads_ = useful_threads(p.threads, p.N * p.d * p.K, blocks_, 1);
+  }
+
+  int threads() const { return threads_; }
+
+  void place(Carver& carver) {
+    const int64_t feature_numbers = p_.d * kGroupStride<Real>, center_numbers = p_.K * kGroupStride<Real>;
+    points_ = carver.take<Real>(threads_ * stretch_ * feature_numbers);
+    gradient_ = carver.take<Real>(gradients_ ? threads_ * stretch_ * feature_numbers : 0);
+    weights_ = carver.take<Real>(threads_ * stretch_ * center_numbers);
+    ratios_ = carver.take<Real>(kUnitAlpha ? 0 : threads_ * center_numbers);
+    given_ = carver.take<Real>(p_.task != ClusterTask::kAssign ? threads_ * center_numbers : 0);
+    packed_ = as_arithmetic<Real>(p_.storage) ? nullptr : carver.take<Real>(p_.K * p_.d);
+    inverse_frequencies_ = p_.freq ? carver.take<Real>(p_.K) : nullptr;
+    sums_ = carver.take<Real>(p_.dcenters ? blocks_ * sum_stride() : 0);
+    losses_ = carver.take<double>(blocks_);
+    next_ = carver.take<int64_t>(1);
+    barrier_ = carver.take<Barrier>(1);
+  }
+
+  void prepare() {
+    *next_ = 0;
+    *barrier_ = Barrier();
+    if (packed_) load_rows<Real>(p_.storage, p_.centers, p_.d, packed_, p_.d, p_.K, p_.d);
+    centers_ = packed_ ? packed_ : static_cast<const Real*>(p_.centers);
+    if (p_.freq)
+      for (int64_t j = 0; j < p_.K; ++j) inverse_frequencies_[j] = Real(1) / static_cast<const Real*>(p_.freq)[j];
+  }
+
+  void work(int thread, int threads) {
+    for (;;) {
+      const int64_t block = __atomic_fetch_add(next_, 1, __ATOMIC_RELAXED);
+      if (block >= blocks_) break;
+      work_on(block, thread);
+    }
+    if (!p_.dcenters) return;
+    barrier_->wait(threads);
+    add_up_sums(split(divide_up(p_.K * p_.d, kLanes<Real>), threads, thread));
+  }
+
+  void finish() {
+    if (!loss_task_) return;
+    double loss = 0;
+    for (int64_t block = 0; block < blocks_; ++block) loss += losses_[block];
+    *p_.loss = loss * p_.scale;
+  }
+
+ private:
+  int64_t sum_stride() const { return round_up(p_.K * p_.d, kLanes<Real>); }
+  Real* sums_of(int64_t block) const { return sums_ + block * sum_stride(); }
+
+  void work_on(int64_t block, int thread) {
+    const int64_t feature_numbers = p_.d * kGroupStride<Real>, center_numbers = p_.K * kGroupStride<Real>;
+    Stretch s{};
+    s.points = points_ + thread * stretch_ * feature_numbers;
+    s.gradient = gradients_ ? gradient_ + thread * stretch_ * feature_numbers : nullptr;
+    s.weights = weights_ + thread * stretch_ * center_numbers;
+    s.sums = p_.dcenters ? sums_of(block) : nullptr;
+    if (s.sums) memset(s.sums, 0, static_cast<size_t>(sum_stride()) * sizeof(Real));
+    StudentT<Real, kUnitAlpha> group(p_.K, static_cast<Real>(p_.alpha), nullptr, ratios_ + thread * center_numbers,
+                                     given_ + thread * center_numbers);
+    losses_[block] = 0;
+    const Range range = split(groups_, blocks_, block);
+    for (int64_t first = range.begin; first < range.end; first += stretch_) {
+      s.groups = range.end - first < stretch_ ? range.end - first : stretch_;
+      for (int64_t i = 0; i < s.groups; ++i) {
+        group.numerators = s.weights + i * center_numbers;
+        losses_[block] += weigh(group, s.points + i * feature_numbers, (first + i) * kGroupPoints<Real>);
+      }
+      if (!gradients_) continue;
+      memset(s.gradient, 0, static_cast<size_t>(s.groups * feature_numbers) * sizeof(Real));
+      for (int64_t j = 0; j < p_.K; j += kReduceCenters) {
+        const int centers = static_cast<int>(p_.K - j < kReduceCenters ? p_.K - j : kReduceCenters);
+        int64_t k = 0;
+        for (; k + kTileFeatures <= p_.d; k += kTileFeatures) gradient_tile<kTileFeatures>(s, j, centers, k);
+        if (kTileFeatures == 4 && k + 2 <= p_.d) gradient_tile<2>(s, j, centers, k), k += 2;
+        if (k < p_.d) gradient_tile<1>(s, j, centers, k);
+      }
+      if (p_.dz)
+        for (int64_t i = 0; i < s.groups; ++i)
+          store_group(p_.gradient_storage, s.gradient + i * feature_numbers, (first + i) * kGroupPoints<Real>, p_.N,
+                      p_.d, p_.dz);
+    }
+  }
+
+  // Assignment and weights of one group; gives the sum of its points' losses.
+  double weigh(StudentT<Real, kUnitAlpha>& group, Real* points, int64_t first) {
+    load_group<Beyond::kRepeat>(p_.storage, p_.z, first, p_.N, p_.d, points);
+    Upcoming upcoming;
+    if (p_.given) {
+      upcoming.item_bytes = bytes_of(p_.given_storage);
+      upcoming.row_bytes = p_.K * upcoming.item_bytes;
+      upcoming.row = static_cast<const char*>(p_.given) + first * upcoming.row_bytes;
+    }
+    group.assign(points, centers_, p_.d, upcoming);
+    const Real scale = static_cast<Real>(p_.scale * (p_.alpha + 1) / p_.alpha);
+    Lanes<Real> loss;
+    fill<Real>(loss, 0);
+    switch (p_.task) {
+      case ClusterTask::kAssign:
+        group.normalize();
+        store_group(p_.storage, group.numerators, first, p_.N, p_.K, p_.q);
+        return 0;
+      case ClusterTask::kAssignBackward:
+        load_group<Beyond::kZero>(p_.given_storage, p_.given, first, p_.N, p_.K, group.given);
+        group.weigh_arriving(scale);
+        return 0;
+      case ClusterTask::kTargetLoss:
+        load_group<Beyond::kZero>(p_.given_storage, p_.given, first, p_.N, p_.K, group.given);
+        group.weigh_target(scale, gradients_, &loss);
+        break;
+      case ClusterTask::kFrequencyLoss: {
+        Real there[kGroupPoints<Real>];
+        for (int i = 0; i < kGroupPoints<Real>; ++i) there[i] = first + i < p_.N ? 1 : 0;
+        Lanes<Real> live;
+        for (int v = 0; v < kPointVectors; ++v) live[v] = load(there + v * kLanes<Real>);
+        group.weigh_frequencies(inverse_frequencies_, live, scale, gradients_, &loss);
+        break;
+      }
+    }
+    double sum = 0;
+    for (int v = 0; v < kPointVectors; ++v)
+      for (int i = 0; i < kLanes<Real>; ++i) sum += static_cast<double>(loss[v][i]);
+    return sum;
+  }
+
+  struct Stretch {
+    Real *points, *gradient, *weights;
+    Real* sums;  // [K, d], or null
+    int64_t groups;
+  };
+
+  // Both gradients of some centres and kFeatures features over all groups of a stretch.
+  template <int kFeatures>
+  __attribute__((noinline)) void gradient_tile(const Stretch& s, int64_t j, int centers, int64_t k) const {
+    constexpr int n = kLanes<Real>;
+    constexpr int kSums = round_lanes(kReduceCenters * kFeatures);
+    alignas(64) Real sums[kSums * n];
+    memset(sums, 0, sizeof(sums));
+    const Real* mu = centers_ + j * p_.d + k;
+    for (int64_t i = 0; i < s.groups; ++i) {
+      const int64_t at = (i * p_.d + k) * kGroupStride<Real>;
+      gradient_step<kFeatures>(s.points + at, s.weights + (i * p_.K + j) * kGroupStride<Real>, mu, p_.d, centers,
+                               s.gradient + at, sums);
+    }
+    if (!s.sums) return;
+    // Sum the lanes of each partial sum: transposed, n of them are the sum of n vectors.
+    for (int first = 0; first < centers * kFeatures; first += n) {
+      Vec<Real> block[n];
+      FASTSEQ_UNROLL
+      for (int i = 0; i < n; ++i) block[i] = load(sums + (first + i) * n);
+      transpose<Real>(block);
+      FASTSEQ_UNROLL
+      for (int span = n / 2; span > 0; span /= 2) FASTSEQ_UNROLL
+      for (int i = 0; i < n / 2; ++i)
+        if (i < span) block[i] = block[i] + block[i + span];
+      for (int i = 0; i < n && first + i < centers * kFeatures; ++i)
+        s.sums[(j + (first + i) / kFeatures) * p_.d + k + (first + i) % kFeatures] += block[0][i];
+    }
+  }
+
+  static constexpr int round_lanes(int count) { return (count + kLanes<Real> - 1) / kLanes<Real> * kLanes<Real>; }
+
+  template <int kFeatures>
+  FASTSEQ_INLINE static void gradient_step(const Real* points, const Real* weights, const Real* mu, int64_t d,
+                                           int centers, Real* gradient, Real* sums) {
+    constexpr int n = kLanes<Real>;
+    Vec<Real> moved[kFeatures][kPointVectors];  // sum_j w_j (mu_j - z)
+    set_zero<Real>(moved);
+    for (int j = 0; j < centers; ++j) {
+      Lanes<Real> w;
+      FASTSEQ_UNROLL
+      for (int v = 0; v < kPointVectors; ++v) w[v] = load(weights + j * kGroupStride<Real> + v * n);
+      FASTSEQ_UNROLL
+      for (int k = 0; k < kFeatures; ++k) {
+        const Vec<Real> center = broadcast(mu[j * d + k]);
+        Vec<Real> sum = load(sums + (j * kFeatures + k) * n);
+        FASTSEQ_UNROLL
+        for (int v = 0; v < kPointVectors; ++v) {
+          const Vec<Real> difference = center - load(points + k * kGroupStride<Real> + v * n);
+          moved[k][v] = fma(w[v], difference, moved[k][v]);
+          sum = fma(w[v], difference, sum);
+        }
+        store(sums + (j * kFeatures + k) * n, sum);
+      }
+    }
+    FASTSEQ_UNROLL
+    for (int k = 0; k < kFeatures; ++k) FASTSEQ_UNROLL
+    for (int v = 0; v < kPointVectors; ++v) {
+      Real* to = gradient + k * kGroupStride<Real> + v * n;
+      store(to, load(to) - moved[k][v]);
+    }
+  }
+
+  // The blocks' sums in order, for some vectors of [K, d].
+  void add_up_sums(Range vectors) const {
+    for (int64_t i = vectors.begin; i < vectors.end; ++i) {
+      const int64_t at = i * kLanes<Real>;
+      Vec<Real> sum = load(sums_of(0) + at);
+      for (int64_t block = 1; block < blocks_; ++block) sum = sum + load(sums_of(block) + at);
+      store_as<Real>(p_.gradient_storage, p_.dcenters, at, sum, lanes_inside<Real>(p_.K * p_.d, at));
+    }
+  }
+
+  ClusterParams p_;
+  bool loss_task_, gradients_;
+  int64_t groups_, stretch_ = 1, blocks_ = 1;
+  int threads_ = 1;
+  const Real* centers_ = nullptr;
+  Real *points_ = nullptr, *gradient_ = nullptr, *weights_ = nullptr, *ratios_ = nullptr, *given_ = nullptr;
+  Real *packed_ = nullptr, *inverse_frequencies_ = nullptr, *sums_ = nullptr;
+  double* losses_ = nullptr;
+  int64_t* next_ = nullptr;
+  Barrier* barrier_ = nullptr;
+};
+
+}  // namespace
+}  // namespace fastseq
