@@ -141,7 +141,8 @@ def _check_values(z: Tensor, centers: Tensor, target: Tensor | None, freq: Tenso
 # The kernels.
 
 register_kernels("clustering_loss_fwd", reference_fwd, kernels.clustering_loss_fwd, "clustering_loss")
-register_kernels("clustering_loss_bwd", reference_bwd, reference_bwd, "clustering_loss")  # a scaling: torch's own is as good as any
+# A scaling: torch's own is as good as any.
+register_kernels("clustering_loss_bwd", reference_bwd, reference_bwd, "clustering_loss")
 
 
 # Shapes without data, for torch.compile and torch.export.
