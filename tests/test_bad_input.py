@@ -250,13 +250,17 @@ def test_an_implementation_that_cannot_serve_raises() -> None:
 
 def test_serving_says_what_and_why() -> None:
     assert dispatch.serving("lstm")[0] == "cpp"
-    why = "the C++ kernels serve CPU tensors only, not cuda; plain layers use torch's own path"
+    why, there = "the C++ kernels serve CPU tensors only, not cuda", ["reference"]
+    if dispatch.why_not("triton", "cuda") is None:  # where triton is installed
+        there.append("triton")
+        why = "the Triton kernels have not been verified on a GPU yet (FASTSEQ_IMPL=triton forces them)"
+    why += "; plain layers use torch's own path"
     assert dispatch.serving("lstm", "cuda") == ("reference", why)
     with use_implementation("reference"):
         assert dispatch.serving("lstm") == ("reference", "forced")
     with use_implementation("cpp"), pytest.raises(RuntimeError, match="serve CPU tensors only, not cuda"):
         dispatch.serving("lstm", "cuda")
-    assert implementations("rnn", "cuda") == ["reference"]
+    assert implementations("rnn", "cuda") == there
 
 
 @pytest.mark.parametrize("name", ["reference", "triton", "nonsense"])
