@@ -41,7 +41,7 @@ def test_triton_serves_cpu_tensors_only_in_the_interpreter() -> None:
 
 
 def test_triton_is_not_chosen_by_itself() -> None:
-    for op in dispatch.OPS:
+    for op in dispatch.RECURRENCES:
         backend, reason = dispatch.serving(op, "cuda")
         assert backend == "reference"
         assert "not been verified on a GPU" in reason
