@@ -30,6 +30,7 @@ _TYPES = {
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
     torch.int32: "*i32",
+    torch.int64: "*i64",
     torch.uint8: "*u8",
 }
 
@@ -57,6 +58,10 @@ def compile_ahead(launch: Launch, target: str) -> Resources:
             aligned[(index,)] = [["tt.divisibility", 16]]  # torch aligns what it allocates
         elif isinstance(value, int) and name not in constants:
             signature[name] = "i32"
+            if value % 16 == 0 and not launch.kernel.params[index].do_not_specialize:
+                aligned[(index,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[name] = "fp32"
         else:
             signature[name] = "constexpr"
             constants.setdefault(name, None)
