@@ -47,7 +47,13 @@ class Resources:
 
 
 def compile_ahead(launch: Launch, target: str) -> Resources:
-    """Compiles the kernel of a launch for one of :data:`TARGETS`. The tensors may be on any device, meta too."""
+    """What the kernel of a launch takes of one of :data:`TARGETS`. The tensors may be on any device, meta too."""
+    compiled = compiled_ahead(launch, target)
+    return _of_cubin(compiled) if TARGETS[target][0].backend == "cuda" else _of_amd(compiled)
+
+
+def compiled_ahead(launch: Launch, target: str) -> Any:
+    """The kernel of a launch as Triton compiles it for the target."""
     signature: dict[str, str] = {}
     constants = dict(launch.constants)
     aligned: dict[tuple[int], list[list[Any]]] = {}
@@ -68,10 +74,7 @@ def compile_ahead(launch: Launch, target: str) -> Resources:
     chip, _ = TARGETS[target]
     options = compile_options(launch, hip=chip.backend == "hip")
     source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=aligned)
-    compiled = triton.compile(source, target=chip, options=options)
-    if chip.backend == "cuda":
-        return _of_cubin(compiled)
-    return _of_amd(compiled)
+    return triton.compile(source, target=chip, options=options)
 
 
 def _of_cubin(compiled: Any) -> Resources:

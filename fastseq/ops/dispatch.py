@@ -50,8 +50,8 @@ OPTIONS = {
 SERVED = {
     ("cpp", "lstm"): frozenset(("lengths", "reset")),
     ("cpp", "rnn"): frozenset(("lengths", "reset")),
-    ("triton", "lstm"): frozenset(("lengths", "reset")),
-    ("triton", "rnn"): frozenset(("lengths", "reset")),
+    ("triton", "lstm"): frozenset(("lengths", "reset", "h_mask", "zoneout", "peephole")),
+    ("triton", "rnn"): frozenset(("lengths", "reset", "h_mask")),
 } | {("triton", op): frozenset[str]() for op in OPS if op not in RECURRENCES}
 
 _NAMES = {"cpp": "C++", "triton": "Triton", "cuda": "CUDA"}
