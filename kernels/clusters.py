@@ -104,9 +104,7 @@ def spread(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def squared_distances(
-    points, centers, n, j, stride, width, d, BN: tl.constexpr, BK: tl.constexpr, BLOCK: tl.constexpr
-):
+def squared_distances(points, centers, n, j, stride, width, d, BN: tl.constexpr, BK: tl.constexpr, BLOCK: tl.constexpr):
     """[BN, BK] of ``points [d, stride]`` and ``centers [d, width]``, float32; squares in blocks, these compensated."""
     total = spread(tl.zeros([BN, BK], dtype=tl.float32), BN, BK)
     lost = tl.zeros([BN, BK], dtype=tl.float32)

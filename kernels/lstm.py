@@ -117,9 +117,10 @@ def zoned_out(before, fresh, zoneout, own, ok):
     """``before`` where the mask says so, or by a rate; ``zoneout`` may be None."""
     if zoneout is None:
         return fresh
-    if zoneout.dtype.is_ptr():
-        return tl.where(tl.load(zoneout + own, mask=ok, other=0) != 0, before, fresh)
-    return zoneout * before + (1.0 - zoneout) * fresh
+    if zoneout.dtype.element_ty == tl.float32:
+        rate = tl.load(zoneout)
+        return rate * before + (1.0 - rate) * fresh
+    return tl.where(tl.load(zoneout + own, mask=ok, other=0) != 0, before, fresh)
 
 
 @triton.jit
@@ -142,10 +143,11 @@ def split_by_zoneout(d, zoneout, own, ok):
     """What of a gradient reaches the fresh value, and what passes by it to the step before."""
     if zoneout is None:
         return d, tl.zeros_like(d)
-    if zoneout.dtype.is_ptr():
-        old = tl.load(zoneout + own, mask=ok, other=0) != 0
-        return tl.where(old, 0.0, d), tl.where(old, d, 0.0)
-    return (1.0 - zoneout) * d, zoneout * d
+    if zoneout.dtype.element_ty == tl.float32:
+        rate = tl.load(zoneout)
+        return (1.0 - rate) * d, rate * d
+    old = tl.load(zoneout + own, mask=ok, other=0) != 0
+    return tl.where(old, 0.0, d), tl.where(old, d, 0.0)
 
 
 # Persistent and step.
@@ -164,8 +166,8 @@ def lstm_forward_spread(
     c_tape,  # [T, B, HP] float32, or None
     flags,  # [T, B] uint8, or None
     h_mask,  # [B, H] or None
-    zoneout_h,  # [T, B, H] uint8, a rate, or None
-    zoneout_c,  # [T, B, H] uint8, a rate, or None
+    zoneout_h,  # [T, B, H] uint8, a rate [1] float32, or None
+    zoneout_c,  # [T, B, H] uint8, a rate [1] float32, or None
     peephole,  # [3, H] or None
     signals,  # [groups, SIGNALS] int32 at zero, or None
     T,
@@ -302,8 +304,8 @@ def lstm_backward_spread(
     dc_state,  # [B, H] float32: in, grad_c_n; out, dc0
     flags,  # [T, B] uint8, or None
     h_mask,  # [B, H] or None
-    zoneout_h,  # [T, B, H] uint8, a rate, or None
-    zoneout_c,  # [T, B, H] uint8, a rate, or None
+    zoneout_h,  # [T, B, H] uint8, a rate [1] float32, or None
+    zoneout_c,  # [T, B, H] uint8, a rate [1] float32, or None
     peephole,  # [3, H] or None
     signals,  # [groups, SIGNALS] int32 at zero, or None
     T,
@@ -687,9 +689,11 @@ def _dense(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
-def _as_bytes(zoneout: Tensor | float | None) -> Tensor | float | None:
-    """As the kernels read it: a mask in bytes, a rate as it is."""
-    return zoneout.contiguous().view(torch.uint8) if isinstance(zoneout, Tensor) else zoneout
+def _in_memory(zoneout: Tensor | float | None, device: torch.device) -> Tensor | None:
+    """As the kernels read it: a mask in bytes, a rate as a tensor of one number."""
+    if isinstance(zoneout, float):
+        return torch.full((1,), zoneout, dtype=torch.float32, device=device)
+    return None if zoneout is None else zoneout.contiguous().view(torch.uint8)
 
 
 def forward_launches(
@@ -706,13 +710,13 @@ def forward_launches(
     flags: Tensor | None,
     reverse: bool,
     h_mask: Tensor | None = None,
-    zoneout_h: Tensor | float | None = None,
-    zoneout_c: Tensor | float | None = None,
+    zoneout_h: Tensor | None = None,
+    zoneout_c: Tensor | None = None,
     peephole: Tensor | None = None,
 ) -> Iterator[Launch]:
     """The launches of the recurrence, by a plan. Every tensor is dense but ``gates``, whose rows may lie apart."""
     steps, batch, hidden = y.shape
-    common: dict[str, Tensor | int | float | None] = {
+    common: dict[str, Tensor | int | None] = {
         "gates": gates,
         "w_hh": w_hh,
         "b_ih": b_ih,
@@ -758,13 +762,13 @@ def backward_launches(
     flags: Tensor | None,
     reverse: bool,
     h_mask: Tensor | None = None,
-    zoneout_h: Tensor | float | None = None,
-    zoneout_c: Tensor | float | None = None,
+    zoneout_h: Tensor | None = None,
+    zoneout_c: Tensor | None = None,
     peephole: Tensor | None = None,
 ) -> Iterator[Launch]:
     """The launches of BPTT, by a plan. Every tensor is dense but ``gates`` and ``dgates``, whose rows may lie apart."""
     steps, batch, width = c.shape
-    common: dict[str, Tensor | int | float | None] = {
+    common: dict[str, Tensor | int | None] = {
         "grad_y": grad_y,
         "w_hh": w_hh,
         "gates": gates,
@@ -856,8 +860,8 @@ def lstm_fwd(
                 _dense(flags),
                 reverse,
                 _dense(h_mask),
-                _as_bytes(zoneout_h),
-                _as_bytes(zoneout_c),
+                _in_memory(zoneout_h, x.device),
+                _in_memory(zoneout_c, x.device),
                 _dense(peephole),
             ):
                 launch.run()
@@ -930,8 +934,8 @@ def _backward(
                 _dense(flags),
                 reverse,
                 _dense(h_mask),
-                _as_bytes(zoneout_h),
-                _as_bytes(zoneout_c),
+                _in_memory(zoneout_h, x.device),
+                _in_memory(zoneout_c, x.device),
                 _dense(peephole),
             ):
                 launch.run()

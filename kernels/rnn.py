@@ -629,8 +629,11 @@ def _backward(
     h_mask: Tensor | None = None,
     overwrite: bool = False,
 ) -> tuple[Tensor, ...]:
-    """``(dx, dh0, dw_ih, dw_hh, db, dh_mask)``, empty where ``needs`` does not ask. ``overwrite`` lets the gradients of the sums
-    take the place of the slopes; half types keep them apart, in half type. Other arguments as of :func:`rnn_fwd`."""
+    """``(dx, dh0, dw_ih, dw_hh, db, dh_mask)``, empty where ``needs`` does not ask.
+
+    ``overwrite`` lets the gradients of the sums take the place of the slopes; half types keep them apart, in half type.
+    Other arguments as of :func:`rnn_fwd`.
+    """
     steps, batch, hidden = _check(x, h0, w_ih, w_hh, b_ih, b_hh, flags, nonlinearity, h_mask)
     expect(
         (

@@ -88,7 +88,13 @@ def row_launch(
 ) -> Launch:
     """A kernel that walks along the centres of a chunk's points, with what all of these take."""
     N, (K, stride) = chunk.end - chunk.begin, chunk.ratios.shape
-    arguments = {"ratios": chunk.ratios, "N": N, "K": K, "stride": stride, "half_power": (alpha + 1) / 2}
+    arguments: dict[str, Tensor | float | None] = {
+        "ratios": chunk.ratios,
+        "N": N,
+        "K": K,
+        "stride": stride,
+        "half_power": (alpha + 1) / 2,
+    }
     if "COLUMNS" in constants:
         arguments["width"] = whole(K)
     sizes = {"UNIT": alpha == 1, "BN": ROWS, "BK": tile(K)}

@@ -153,11 +153,11 @@ def test_empty_and_refused() -> None:
             (0,),
         )
         assert F.clustering_loss(torch.rand(0, 3), torch.rand(2, 3), found["q"], reduction="batchmean").isnan()
-        with pytest.raises(RuntimeError, match="not torch.float64"):
+        with pytest.raises(RuntimeError, match="reference"):
             call(torch.float64, 4)
-        with pytest.raises(RuntimeError, match="not torch.float64"):
+        with pytest.raises(RuntimeError, match="reference"):
             F.target_distribution(torch.rand(3, 2, dtype=torch.float64))
-        with pytest.raises(RuntimeError, match="not torch.float64"):
+        with pytest.raises(RuntimeError, match="reference"):
             F.nearest_center(torch.rand(3, 2).double(), torch.rand(3, 2).double())
     with pytest.raises(ValueError, match="centers: the kernel expects"):
         nearest_center_fwd(torch.rand(3, 2), torch.rand(3, 3))
