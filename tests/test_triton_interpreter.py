@@ -1,4 +1,4 @@
-"""Runs ``triton_interpreted*.py`` in processes of their own: whether triton interprets is settled when it is imported."""
+"""Runs ``triton_interpreted*.py`` in processes of their own: that triton interprets is settled by its import."""
 
 from __future__ import annotations
 
