@@ -65,6 +65,8 @@ struct WeightGradient {
   GateGradients<Real> d;
   int64_t B;
   Storage storage;  // of the results
+  // Where the rows come in parts: whether to add to the sums of the parts before, and whether this is the last.
+  bool continued = false, complete = true;
 
   static int64_t vectors(int64_t width) { return divide_up(width, kLanes<Real>); }
   // For right operands of so many vectors together.
@@ -98,12 +100,12 @@ struct WeightGradient {
         const int count = list_tiles(unit_tiles, mine.begin + part.begin, mine.begin + part.end, tiles);
         pack_left(tiles, count, k, packed);
         const Real* from = shared;
-        ((multiply(sources, tiles, count, from, packed, depth, block > 0),
+        ((multiply(sources, tiles, count, from, packed, depth, block > 0 || continued),
           from += depth * sources.columns().vectors() * kLanes<Real>),
          ...);
       }
     }
-    (store_sums(sources, mine, unit_tiles), ...);
+    if (complete) (store_sums(sources, mine, unit_tiles), ...);
     barrier.wait(threads);
   }
 

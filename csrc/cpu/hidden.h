@@ -145,8 +145,10 @@ struct PreviousHidden {
   const uint8_t* flags;
   const void *y, *h0;
   const LayerOptions* options;
+  int64_t begin = 0;  // of the chunk that times are counted from
 
   const void* operator()(int64_t t, int64_t b) const {
+    t += begin;
     if (kFlags && flags[t * B + b] & kFlagReset)
       return kFlags == kWithOptions ? reset_row(options->h_reset, options->h_reset_per_step, storage, t, b, B, P)
                                     : nullptr;
@@ -378,6 +380,20 @@ struct ProjectionOp {
       store(gates + r * gates_stride + v * vector_stride, acc[r][v] + load(bias + v * vector_stride));
   }
 };
+
+// The sum of both biases, [gates, tape_width(H)] in the arithmetic type; either may be null.
+template <typename Real>
+void load_bias(Storage storage, const void* b_ih, const void* b_hh, int64_t gates, int64_t H, Real* to) {
+  const int64_t width = tape_width(H);
+  for (int64_t gate = 0; gate < gates; ++gate, to += width) {
+    load_rows<Real>(storage, b_ih ? at(b_ih, storage, gate * H) : nullptr, 0, to, width, 1, H);
+    if (b_hh)
+      for (int64_t n = 0; n < width; n += kLanes<Real>) {
+        const int inside = lanes_inside<Real>(H, n);
+        if (inside) store(to + n, load(to + n) + load_as<Real>(storage, b_hh, gate * H + n, inside));
+      }
+  }
+}
 
 // Runs the input projection of a chunk of time, step by step or, where the batch is smaller than a tile, over all rows
 // at once.

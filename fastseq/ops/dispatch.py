@@ -58,10 +58,11 @@ SERVED = {
             "peephole",
             "cell_clip",
             "grad_clip",
+            "recompute",
             "return_states",
         )
     ),
-    ("cpp", "rnn"): frozenset(("lengths", "reset", "reset_state", "h_mask", "grad_clip")),
+    ("cpp", "rnn"): frozenset(OPTIONS["rnn"]),
     ("triton", "lstm"): frozenset(("lengths", "reset")),
     ("triton", "rnn"): frozenset(("lengths", "reset")),
 }
