@@ -45,7 +45,7 @@ def test_every_combination(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("reach", [1.0, 20.0, 200.0])
 def test_saturated_gates(reach: float, dtype: torch.dtype, backend: str, seed: int) -> None:
-    """One unit whose gates all see x itself, so that the activations alone are judged: near zero, far out and beyond."""
+    """One unit whose gates all see x itself: the activations alone are judged, near zero, far out and beyond."""
     B = 1000
     x = reach * torch.linspace(-1, 1, B, dtype=dtype).reshape(1, B, 1)
     h0, c0 = torch.zeros(B, 1, dtype=dtype), (2 * torch.rand(B, 1, dtype=torch.float64) - 1).to(dtype)
