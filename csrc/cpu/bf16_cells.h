@@ -48,8 +48,8 @@ struct BF16HiddenGradient {
   FASTSEQ_INLINE Vec<float> add(int r, int v, Vec<float> total) const {
     if (last) total = total + load(last + r * last_stride + v * kTileColumns);
     if (grad_y)
-      total = total + load_bfloat16(grad_y + r * grad_y_stride + v * kTileColumns,
-                                    mask_part(columns - v * kTileColumns));
+      total =
+          total + load_bfloat16(grad_y + r * grad_y_stride + v * kTileColumns, mask_part(columns - v * kTileColumns));
     return total;
   }
 };
@@ -58,8 +58,8 @@ struct BF16HiddenGradient {
 // its 32 float32 numbers, so that they may overwrite the gates while other units' are still to be read.
 constexpr int64_t kGradientChunkBytes = kChunk * sizeof(float);
 struct BF16GateGradients {
-  char* row;  // of the block's first row
-  int64_t stride, gate_stride;  // in bytes
+  char* row;                      // of the block's first row
+  int64_t stride, gate_stride;    // in bytes
   int64_t first_vector, vectors;  // of the panel; of all units
   FASTSEQ_INLINE void put(int r, int gate, int v, Vec<float> gradient) const {
     const int64_t vector = first_vector + v;
@@ -88,11 +88,15 @@ struct BF16LstmCell {
   static PanelRange panels(Range units) { return {units.begin, units.end, true}; }
   static int64_t slot_stride(int64_t width) { return width; }
 
-  static void forward(int rows, int, const float* sums, const BF16Forward& s) {
+  // Calls between() now and again: calls(rows, vectors) times.
+  static int64_t calls(int rows, int vectors) { return int64_t{rows} * vectors; }
+  template <typename Between>
+  static void forward(int rows, int, const float* sums, const BF16Forward& s, const Between& between) {
     Vec<float> bias[kGates];
     FASTSEQ_UNROLL
     for (int gate = 0; gate < kGates; ++gate) bias[gate] = load(s.bias + gate * s.gate_stride);
     for (int r = 0; r < rows; ++r) {
+      between();
       const Vec<float> i = logistic<float>(sum_at(sums, r, kInput) + bias[kInput]);
       const Vec<float> f = logistic<float>(sum_at(sums, r, kForget) + bias[kForget]);
       const Vec<float> g = tanh<float>(sum_at(sums, r, kCell) + bias[kCell]);
@@ -110,10 +114,12 @@ struct BF16LstmCell {
     }
   }
 
-  static void backward(int rows, int vectors, const float* sums, const BF16Backward& s) {
+  template <typename Between>
+  static void backward(int rows, int vectors, const float* sums, const BF16Backward& s, const Between& between) {
     for (int v = 0; v < vectors; ++v) {
       Vec<float> db[kGates] = {zero<float>(), zero<float>(), zero<float>(), zero<float>()};
       for (int r = 0; r < rows; ++r) {
+        between();
         const int64_t cell = r * s.c_stride + v * kTileColumns;
         const float* from = s.tape + r * s.gates_stride + v * kTileColumns;
         const Vec<float> i = load(from + kInput * s.gate_stride), f = load(from + kForget * s.gate_stride);
@@ -150,10 +156,13 @@ struct BF16ElmanCell {
   static PanelRange panels(Range units) { return {units.begin, units.end}; }
   static int64_t slot_stride(int64_t) { return kTileColumns; }
 
-  static void forward(int rows, int vectors, const float* sums, const BF16Forward& s) {
+  static int64_t calls(int rows, int vectors) { return int64_t{rows} * vectors; }
+  template <typename Between>
+  static void forward(int rows, int vectors, const float* sums, const BF16Forward& s, const Between& between) {
     for (int v = 0; v < vectors; ++v) {
       const Vec<float> bias = load(s.bias + v * kTileColumns);
       for (int r = 0; r < rows; ++r) {
+        between();
         Vec<float> slope;
         s.sink.put(r, v, activate<float>(s.activation, sum_at(sums, r, v) + bias, &slope));
         if (s.tape) store(s.tape + r * s.gates_stride + v * kTileColumns, slope);
@@ -161,10 +170,12 @@ struct BF16ElmanCell {
     }
   }
 
-  static void backward(int rows, int vectors, const float* sums, const BF16Backward& s) {
+  template <typename Between>
+  static void backward(int rows, int vectors, const float* sums, const BF16Backward& s, const Between& between) {
     for (int v = 0; v < vectors; ++v) {
       Vec<float> db = zero<float>();
       for (int r = 0; r < rows; ++r) {
+        between();
         const Vec<float> dh = s.hidden.add(r, v, sums ? sum_at(sums, r, v) : zero<float>());
         const Vec<float> gradient = dh * load(s.tape + r * s.gates_stride + v * kTileColumns);
         s.dgates.put(r, 0, v, gradient);

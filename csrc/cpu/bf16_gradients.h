@@ -18,8 +18,8 @@ struct BF16GradientRows {
   }
   // 16 units of a gate.
   __m256i units(int64_t row, int64_t gate, int64_t vector) const {
-    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(
-        data + row * stride + gate * gate_stride + vector / 2 * kGradientChunkBytes + vector % 2 * 32));
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(data + row * stride + gate * gate_stride +
+                                                               vector / 2 * kGradientChunkBytes + vector % 2 * 32));
   }
 };
 
@@ -31,14 +31,14 @@ struct BF16RowSource {
   BFloat16* out;  // [gates * H, width]
 };
 
-// dW^T = x^T dgates: x, narrower than the gates, is what has to be transposed. A block of T * B rows at a time; the sums
-// stay in float32 until they are whole.
+// dW^T = x^T dgates: x, narrower than the gates, is what has to be transposed. A block of T * B rows at a time; the
+// sums stay in float32 until they are whole.
 class BF16WeightGradient {
  public:
-  static constexpr int64_t kBlockRows = 512;
-  // A little more than the rows, so that columns do not fall on the same cache sets.
+  static constexpr int64_t kBlockRows = 256;
+  // A little more than the rows, so that columns, or vectors, do not fall on the same cache sets.
   static constexpr int64_t kColumnBytes = 2 * kBlockRows + 64;
-  static constexpr int64_t kVectorNumbers = kBlockRows * kTileColumns;
+  static constexpr int64_t kVectorNumbers = kBlockRows * kTileColumns + 32;
 
   BF16GradientRows d;
   int64_t B;
@@ -99,15 +99,14 @@ class BF16WeightGradient {
 
   void pack_gates(int64_t first, int64_t last, Range vectors, BFloat16* packed) const {
     const int64_t per_gate = vectors_of(d.H), rows = chunks_of(last - first) * kChunk;
-    for (int64_t v = vectors.begin; v < vectors.end; ++v) {
-      BFloat16* to = packed + (v - vectors.begin) * kVectorNumbers;
-      for (int64_t k = 0; k < rows; k += 2, to += 32) {
+    for (int64_t k = 0; k < rows; k += 2)
+      for (int64_t v = vectors.begin; v < vectors.end; ++v) {
         const int64_t row = first + k, gate = v / per_gate, vector = v % per_gate;
-        const Vec<float> pairs = interleave_rows(row < last ? d.units(row, gate, vector) : _mm256_setzero_si256(),
-                                              row + 1 < last ? d.units(row + 1, gate, vector) : _mm256_setzero_si256());
-        memcpy(to, &pairs, 64);
+        const Vec<float> pairs =
+            interleave_rows(row < last ? d.units(row, gate, vector) : _mm256_setzero_si256(),
+                            row + 1 < last ? d.units(row + 1, gate, vector) : _mm256_setzero_si256());
+        memcpy(packed + (v - vectors.begin) * kVectorNumbers + k * kTileColumns, &pairs, 64);
       }
-    }
   }
 
   void multiply(BF16Unit& unit, const char* columns, int64_t all, int64_t chunks, Range mine, const BFloat16* packed,
@@ -117,8 +116,8 @@ class BF16WeightGradient {
       const LeftOperand left = dense_left(columns + blocks.first(i) * kColumnBytes, kColumnBytes, chunks);
       for (int64_t v = mine.begin; v < mine.end; v += 4) {
         const Sums c{sums + blocks.first(i) * stride + v * kTileColumns, stride, kTileColumns};
-        unit.multiply(blocks.height(i), static_cast<int>(mine.end - v < 4 ? mine.end - v : 4), left,
-                      packed + (v - mine.begin) * kVectorNumbers, kVectorNumbers, add ? &c : nullptr, c);
+        fastseq::multiply(unit, blocks.height(i), static_cast<int>(mine.end - v < 4 ? mine.end - v : 4), left,
+                          packed + (v - mine.begin) * kVectorNumbers, kVectorNumbers, add ? c : Sums{}, c);
       }
     }
   }
@@ -152,12 +151,13 @@ struct BF16InputGradient {
     const RowBlocks blocks(d.rows);
     const Range mine = split(blocks.count(), threads, thread);
     const int64_t vectors = vectors_of(I), numbers = d.gates * chunks_of(d.H) * kTileNumbers;
-    for (int64_t v = 0; v < vectors; v += 4) {
-      const int count = static_cast<int>(vectors - v < 4 ? vectors - v : 4);
-      for (int64_t i = mine.begin; i < mine.end; ++i) {
-        const int64_t row = blocks.first(i);
-        unit.multiply(blocks.height(i), count, d.left(row), packed + v * numbers, numbers, nullptr,
-                      {sums, kSumsStride, kTileColumns});
+    // A block's gradients, once read, stay in the cache for all columns of dx.
+    for (int64_t i = mine.begin; i < mine.end; ++i) {
+      const int64_t row = blocks.first(i);
+      for (int64_t v = 0; v < vectors; v += 4) {
+        const int count = static_cast<int>(vectors - v < 4 ? vectors - v : 4);
+        multiply(unit, blocks.height(i), count, d.left(row), packed + v * numbers, numbers, {},
+                 {sums, kSumsStride, kTileColumns});
         for (int r = 0; r < blocks.height(i); ++r)
           for (int n = 0; n < count; ++n) {
             const int64_t column = (v + n) * kTileColumns;

@@ -1,10 +1,10 @@
 // A recurrent layer over a sequence in bfloat16, forward and back-propagation through time: as recurrence.h, with
 // products of bfloat16 summed in float32.
 //
-// x, h and the weights are bfloat16 as they come, so that every product is exact; c, the gates and all sums are float32.
-// The gates' gradients are rounded to bfloat16 where they enter a product (the bias gradients sum them unrounded): half
-// a unit in the last place of what the results are stored in, at random. Step flags, options and projections are left
-// to recurrence.h.
+// x, h and the weights are bfloat16 as they come, so that every product is exact; c, the gates and all sums are
+// float32. The gates' gradients are rounded to bfloat16 where they enter a product (the bias gradients sum them
+// unrounded): half a unit in the last place of what the results are stored in, at random. Step flags, options and
+// projections are left to recurrence.h.
 #pragma once
 
 #include "bf16_gradients.h"
@@ -23,6 +23,40 @@ inline void copy_rows(const BFloat16* from, int64_t stride, BFloat16* to, int64_
     for (int64_t n = 0; n < row_numbers(width); n += kChunk)
       _mm512_storeu_si512(to + r * row_numbers(width) + n,
                           _mm512_maskz_loadu_epi16(mask32(width - n), from + r * stride + n));
+}
+
+// Weights that stay in a core's second-level cache beside the rest, so that one product may read them all at every
+// step.
+constexpr int64_t kSumsNumbers = kBlockHeight * kSumsStride;
+constexpr int64_t kFusedBytes = 1200 * 1024;
+
+// The panels are walked forwards and backwards by turns, as in Team::sweep.
+FASTSEQ_INLINE Panel panel_at(const PanelRange& panels, int64_t phase, int64_t i) {
+  return panels.at(phase % 2 == 0 ? i : panels.count() - 1 - i);
+}
+
+// Team::sweep with every product made during the cell before it: begin(panel, tile, sums) begins it,
+// complete(panel, tile, sums) makes use of it and advances the next.
+template <typename Begin, typename Complete>
+void sweep_pipelined(BF16Unit& unit, const Team& team, int64_t phase, const PanelRange& panels,
+                     float (*sums)[kSumsNumbers], const Begin& begin, const Complete& complete) {
+  const int64_t tiles = team.tiles.end - team.tiles.begin, count = panels.count() * tiles;
+  if (panels.count() == 0)
+    for (int64_t tile = team.tiles.begin; tile < team.tiles.end; ++tile) team.publish(tile, phase + 1);
+  const auto start = [&](int64_t i) {
+    const int64_t tile = team.tiles.begin + i % tiles;
+    if (i < tiles) team.await(tile, phase);
+    begin(panel_at(panels, phase, i / tiles), tile, sums[i % 2]);
+  };
+  if (count > 0) start(0);
+  for (int64_t i = 0; i < count; ++i) {
+    unit.finish();
+    const Panel panel = panel_at(panels, phase, i / tiles);
+    const int64_t tile = team.tiles.begin + i % tiles;
+    if (i + 1 < count) start(i + 1);
+    complete(panel, tile, sums[i % 2]);
+    if (i / tiles == panels.count() - 1) team.publish(tile, phase + 1);
+  }
 }
 
 template <typename Cell>
@@ -85,16 +119,25 @@ class BF16RecurrentForward {
     if (team.idle()) return;
 
     BF16Unit unit;
-    alignas(64) float sums[kBlockHeight * kSumsStride];
+    alignas(64) float sums[2][kSumsNumbers];
     const PanelRange panels = Cell::panels(units);
+    // One product of x and h, hidden behind the cells, where its weights stay in cache and blocks are high enough to
+    // reuse them; the sums are the same.
+    const int64_t weight_bytes = Cell::kGates * p_.H * (p_.I + p_.H) * 2;
+    const bool fused = p_.I > 0 && weight_bytes / team.members <= kFusedBytes && p_.B > kTileColumns;
     int64_t phase = 0;
     for (int64_t first = 0; first < p_.T; first += chunk_) {
       const int64_t last = first + chunk_ < p_.T ? first + chunk_ : p_.T;
       const int64_t begin = p_.reverse ? clock_.time(last - 1) : first;  // in time
-      project(unit, team, panels, begin, begin + last - first, staged_ + thread * chunk_ * p_.B * x_stride_);
+      const Staged x = stage(team, begin, begin + last - first, staged_ + thread * chunk_ * p_.B * x_stride_);
+      if (!fused) project(unit, team, panels, begin, begin + last - first, x);
       for (int64_t step = first; step < last; ++step)
-        team.sweep(phase++, panels,
-                   [&](const Panel& panel, int64_t tile) { cell(unit, sums, step, begin, panel, tile); });
+        sweep_pipelined(
+            unit, team, phase++, panels, sums,
+            [&](const Panel& panel, int64_t tile, float* to) {
+              unit.begin(fused ? with_input(x, step, begin, panel, tile, to) : recurrent(step, begin, panel, tile, to));
+            },
+            [&](const Panel& panel, int64_t tile, const float* from) { cell(unit, from, step, begin, panel, tile); });
     }
   }
 
@@ -122,21 +165,28 @@ class BF16RecurrentForward {
     return p_.c && step >= 0 ? static_cast<float*>(p_.c) + clock_.time(step) * p_.B * width_ : c_;
   }
 
-  // x W^T of times [begin, end) into the gates, for the rows of the team's blocks.
-  void project(BF16Unit& unit, const Team& team, const PanelRange& panels, int64_t begin, int64_t end,
-               BFloat16* staged) const {
+  // The rows of the team's blocks of x at a chunk's times, in whole chunks of K.
+  struct Staged {
+    const BFloat16* data;
+    int64_t step_stride, row_stride, first;
+  };
+  Staged stage(const Team& team, int64_t begin, int64_t end, BFloat16* staged) const {
     const int64_t first = batch_.first(team.tiles.begin), rows = batch_.first(team.tiles.end) - first;
-    const bool in_place = p_.I % kChunk == 0;
-    int64_t step_stride = p_.x_stride_t, row_stride = p_.x_stride_b;
+    const int64_t step_stride = p_.x_stride_t, row_stride = p_.x_stride_b;
     const BFloat16* x = half(p_.x) + begin * step_stride + first * row_stride;
-    if (!in_place) {
-      for (int64_t t = begin; t < end; ++t)
-        copy_rows(x + (t - begin) * step_stride, row_stride, staged + (t - begin) * rows * x_stride_, rows, p_.I);
-      x = staged, row_stride = x_stride_, step_stride = rows * x_stride_;
-    }
+    if (p_.I % kChunk == 0) return {x, step_stride, row_stride, first};
+    for (int64_t t = begin; t < end; ++t)
+      copy_rows(x + (t - begin) * step_stride, row_stride, staged + (t - begin) * rows * x_stride_, rows, p_.I);
+    return {staged, rows * x_stride_, x_stride_, first};
+  }
+
+  // x W^T of times [begin, end) into the gates.
+  void project(BF16Unit& unit, const Team& team, const PanelRange& panels, int64_t begin, int64_t end,
+               const Staged& x) const {
+    const int64_t first = batch_.first(team.tiles.begin), rows = batch_.first(team.tiles.end) - first;
     // Rows of one step after another make higher blocks where they lie evenly.
-    const bool one = rows == p_.B && (p_.B == 1 || step_stride == p_.B * row_stride);
-    if (p_.B == 1) row_stride = step_stride;
+    const bool one = rows == p_.B && (p_.B == 1 || x.step_stride == p_.B * x.row_stride);
+    const int64_t row_stride = p_.B == 1 ? x.step_stride : x.row_stride;
     const int64_t pieces = one ? 1 : end - begin;
     const RowBlocks blocks(one ? (end - begin) * rows : rows);
     for (int64_t i = 0; i < panels.count(); ++i) {
@@ -145,35 +195,58 @@ class BF16RecurrentForward {
         for (int64_t j = 0; j < blocks.count(); ++j) {
           const int64_t row = blocks.first(j);
           float* to = gates(begin, begin) + (piece * p_.B + first + row) * gates_stride_ + panel.first * kTileColumns;
-          unit.multiply(blocks.height(j), panel.vectors * Cell::kGates,
-                        dense_left(x + piece * step_stride + row * row_stride, row_stride * 2, chunks_of(p_.I)),
-                        w_ + panel.first * Cell::kGates * w_numbers_, w_numbers_, nullptr,
-                        {to, gates_stride_, Cell::slot_stride(width_)});
+          multiply(unit, blocks.height(j), panel.vectors * Cell::kGates,
+                   dense_left(x.data + piece * x.step_stride + row * row_stride, row_stride * 2, chunks_of(p_.I)),
+                   w_ + panel.first * Cell::kGates * w_numbers_, w_numbers_, {},
+                   {to, gates_stride_, Cell::slot_stride(width_)});
         }
     }
   }
 
-  void cell(BF16Unit& unit, float* sums, int64_t step, int64_t begin, const Panel& panel, int64_t tile) const {
+  // h_{t-1} R^T for a block, added to the projected input.
+  BF16Product recurrent(int64_t step, int64_t begin, const Panel& panel, int64_t tile, float* sums) const {
+    const int64_t row = batch_.first(tile);
+    float* projected = gates(clock_.time(step), begin) + row * gates_stride_ + panel.first * kTileColumns;
+    return {batch_.height(tile),
+            static_cast<int>(panel.vectors * Cell::kGates),
+            1,
+            {dense_left(h_[step % 2] + row * h_stride_, h_stride_ * 2, chunks_of(p_.H)), {}},
+            {r_ + panel.first * Cell::kGates * r_numbers_, nullptr},
+            {r_numbers_, 0},
+            {projected, gates_stride_, Cell::slot_stride(width_)},
+            {sums, kSumsStride, kTileColumns}};
+  }
+  // x_t W^T + h_{t-1} R^T.
+  BF16Product with_input(const Staged& x, int64_t step, int64_t begin, const Panel& panel, int64_t tile,
+                         float* sums) const {
+    BF16Product product = recurrent(step, begin, panel, tile, sums);
+    product.sources = 2;
+    product.left[1] = product.left[0], product.panel[1] = product.panel[0];
+    product.vector_numbers[1] = product.vector_numbers[0];
+    const int64_t t = clock_.time(step) - begin, row = batch_.first(tile) - x.first;
+    product.left[0] = dense_left(x.data + t * x.step_stride + row * x.row_stride, x.row_stride * 2, chunks_of(p_.I));
+    product.panel[0] = w_ + panel.first * Cell::kGates * w_numbers_;
+    product.vector_numbers[0] = w_numbers_;
+    product.init = {};
+    return product;
+  }
+
+  void cell(BF16Unit& unit, const float* sums, int64_t step, int64_t begin, const Panel& panel, int64_t tile) const {
     const int64_t t = clock_.time(step), row = batch_.first(tile), column = panel.first * kTileColumns;
     const int rows = batch_.height(tile);
-    float* tape = gates(t, begin) + row * gates_stride_ + column;
-    const Sums projected{tape, gates_stride_, Cell::slot_stride(width_)};
-    unit.multiply(rows, panel.vectors * Cell::kGates,
-                  dense_left(h_[step % 2] + row * h_stride_, h_stride_ * 2, chunks_of(p_.H)),
-                  r_ + panel.first * Cell::kGates * r_numbers_, r_numbers_, &projected,
-                  {sums, kSumsStride, kTileColumns});
-    const int64_t state = row * width_ + column;
+    const int64_t state = row * width_ + column, steps = unit.steps_in(Cell::calls(rows, panel.vectors));
     Cell::forward(rows, panel.vectors, sums,
                   {p_.activation,
                    bias_ + column,
-                   p_.gates ? tape : nullptr,
+                   p_.gates ? gates(t, begin) + row * gates_stride_ + column : nullptr,
                    gates_stride_,
                    width_,
                    Cell::kHasC ? c_at(step - 1) + state : nullptr,
                    Cell::kHasC ? c_at(step) + state : nullptr,
                    width_,
                    {half(p_.y) + (t * p_.B + row) * p_.H + column, h_[(step + 1) % 2] + row * h_stride_ + column, p_.H,
-                    h_stride_, p_.H - column}});
+                    h_stride_, p_.H - column}},
+                  [&] { unit.advance(steps); });
   }
 
   const ForwardParams& p_;
@@ -245,7 +318,7 @@ class BF16RecurrentBackward {
                                numbers_, w_);
     barrier_.wait(threads);
     BF16Unit unit;
-    alignas(64) float sums[kBlockHeight * kSumsStride];
+    alignas(64) float sums[2][kSumsNumbers];
     if (!team.idle()) {
       Range units = team.slice(pairs);
       units = {2 * units.begin, 2 * units.end < vectors_ ? 2 * units.end : vectors_};
@@ -253,9 +326,9 @@ class BF16RecurrentBackward {
     }
     barrier_.wait(threads);
 
-    const BF16GradientRows d{static_cast<const char*>(p_.dgates), gates_stride_ * 4, width_ * 4, Cell::kGates, p_.H,
-                             p_.T * p_.B};
-    if (p_.dx) BF16InputGradient{d, p_.I, w_, half(p_.dx)}.run(unit, sums, thread, threads);
+    const BF16GradientRows d{
+        static_cast<const char*>(p_.dgates), gates_stride_ * 4, width_ * 4, Cell::kGates, p_.H, p_.T * p_.B};
+    if (p_.dx) BF16InputGradient{d, p_.I, w_, half(p_.dx)}.run(unit, sums[0], thread, threads);
     if (!weights()) return;
     const InputRows x{p_.storage, p_.x, p_.x_stride_t, p_.x_stride_b};
     const PreviousHidden<false> h{p_.storage, clock_, p_.B, p_.H, nullptr, p_.y, p_.h0};
@@ -272,12 +345,20 @@ class BF16RecurrentBackward {
  private:
   bool weights() const { return p_.dw_hh != nullptr; }
 
-  void through_time(BF16Unit& unit, float* sums, const Team& team, const PanelRange& panels) const {
+  void through_time(BF16Unit& unit, float (*sums)[kSumsNumbers], const Team& team, const PanelRange& panels) const {
     int64_t phase = 0;
     for (int64_t step = p_.T - 1; step >= 0; --step)
-      team.sweep(phase++, panels, [&](const Panel& panel, int64_t tile) { cell(unit, sums, step, panel, tile); });
+      sweep_pipelined(
+          unit, team, phase++, panels, sums,
+          [&](const Panel& panel, int64_t tile, float* to) {
+            if (step < p_.T - 1) unit.begin(recurrent(step + 1, panel, tile, to));
+          },
+          [&](const Panel& panel, int64_t tile, const float* from) { cell(unit, from, step, panel, tile); });
     if (p_.dh0)
-      team.sweep(phase++, panels, [&](const Panel& panel, int64_t tile) { initial(unit, sums, panel, tile); });
+      sweep_pipelined(
+          unit, team, phase++, panels, sums,
+          [&](const Panel& panel, int64_t tile, float* to) { unit.begin(recurrent(0, panel, tile, to)); },
+          [&](const Panel& panel, int64_t tile, const float* from) { initial(from, panel, tile); });
   }
 
   char* dgates_at(int64_t step, int64_t row) const {
@@ -288,21 +369,31 @@ class BF16RecurrentBackward {
   }
 
   // dgates of the step R for the rows of a block.
-  void multiply(BF16Unit& unit, float* sums, int64_t step, const Panel& panel, int64_t tile) const {
-    const LeftOperand left{
-        dgates_at(step, batch_.first(tile)), gates_stride_ * 4, Cell::kGates, chunks_of(p_.H), kGradientChunkBytes,
-        width_ * 4};
-    unit.multiply(batch_.height(tile), panel.vectors, left, r_ + panel.first * numbers_, numbers_, nullptr,
-                  {sums, kSumsStride, kTileColumns});
+  BF16Product recurrent(int64_t step, const Panel& panel, int64_t tile, float* sums) const {
+    const LeftOperand left{dgates_at(step, batch_.first(tile)),
+                           gates_stride_ * 4,
+                           Cell::kGates,
+                           chunks_of(p_.H),
+                           kGradientChunkBytes,
+                           width_ * 4};
+    return {batch_.height(tile),
+            panel.vectors,
+            1,
+            {left, {}},
+            {r_ + panel.first * numbers_, nullptr},
+            {numbers_, 0},
+            {},
+            {sums, kSumsStride, kTileColumns}};
   }
-  void cell(BF16Unit& unit, float* sums, int64_t step, const Panel& panel, int64_t tile) const {
+  void cell(BF16Unit& unit, const float* sums, int64_t step, const Panel& panel, int64_t tile) const {
     const int64_t t = clock_.time(step), row = batch_.first(tile), column = panel.first * kTileColumns;
+    const int rows = batch_.height(tile);
     const bool is_last = step == p_.T - 1;
-    if (!is_last) multiply(unit, sums, step + 1, panel, tile);
+    const int64_t steps = unit.steps_in(Cell::calls(rows, panel.vectors));
     const int64_t state = row * width_ + column;
-    const BFloat16* grad_y = p_.grad_y ? half(p_.grad_y) + t * p_.grad_y_stride_t + row * p_.grad_y_stride_b + column
-                                       : nullptr;
-    Cell::backward(batch_.height(tile), panel.vectors, is_last ? nullptr : sums,
+    const BFloat16* grad_y =
+        p_.grad_y ? half(p_.grad_y) + t * p_.grad_y_stride_t + row * p_.grad_y_stride_b + column : nullptr;
+    Cell::backward(rows, panel.vectors, is_last ? nullptr : sums,
                    {{grad_y, p_.grad_y_stride_b, p_.H - column, is_last && last_ ? last_ + state : nullptr, width_},
                     static_cast<const float*>(p_.gates) + (t * p_.B + row) * gates_stride_ + column,
                     gates_stride_,
@@ -312,11 +403,11 @@ class BF16RecurrentBackward {
                     Cell::kHasC ? c_at(step - 1) + state : nullptr,
                     Cell::kHasC ? dc_ + state : nullptr,
                     width_,
-                    db_ ? db_ + tile * Cell::kGates * width_ + column : nullptr});
+                    db_ ? db_ + tile * Cell::kGates * width_ + column : nullptr},
+                   [&] { unit.advance(steps); });
   }
-  void initial(BF16Unit& unit, float* sums, const Panel& panel, int64_t tile) const {
+  void initial(const float* sums, const Panel& panel, int64_t tile) const {
     const int64_t row = batch_.first(tile), column = panel.first * kTileColumns;
-    multiply(unit, sums, 0, panel, tile);
     for (int r = 0; r < batch_.height(tile); ++r)
       for (int v = 0; v < panel.vectors; ++v)
         store_bfloat16(half(p_.dh0) + (row + r) * p_.H + column + v * kTileColumns, sum_at(sums, r, v),
@@ -346,8 +437,7 @@ void dispatch_bf16(const Params& p) {
 }
 
 constexpr RecurrentKernels make_bf16_kernels(const char* name) {
-  return {name,
-          &dispatch_bf16<BF16RecurrentForward, BF16LstmCell, ForwardParams, &KernelTable::lstm_forward>,
+  return {name, &dispatch_bf16<BF16RecurrentForward, BF16LstmCell, ForwardParams, &KernelTable::lstm_forward>,
           &dispatch_bf16<BF16RecurrentBackward, BF16LstmCell, BackwardParams, &KernelTable::lstm_backward>,
           &dispatch_bf16<BF16RecurrentForward, BF16ElmanCell, ForwardParams, &KernelTable::rnn_forward>,
           &dispatch_bf16<BF16RecurrentBackward, BF16ElmanCell, BackwardParams, &KernelTable::rnn_backward>};
