@@ -100,7 +100,7 @@ class BF16Unit {
   BF16Unit(const BF16Unit&) = delete;
   BF16Unit& operator=(const BF16Unit&) = delete;
 
-  void begin(const BF16Product& product) {
+  FASTSEQ_INLINE void begin(const BF16Product& product) {
     p_ = product;
     configure(p_.rows);
     two_ = p_.rows > kTileColumns;
@@ -112,7 +112,7 @@ class BF16Unit {
     steps_ = chunks * passes;
   }
   // So many calls of advance(steps_in(calls)) finish the product.
-  int64_t steps_in(int64_t calls) const { return divide_up(steps_, calls); }
+  int64_t steps_in(int64_t calls) const { return two_ ? divide_up(steps_, calls) : steps_; }
   FASTSEQ_INLINE void advance(int64_t steps) {
     while (steps > 0 && vector_ < p_.vectors) steps -= run(steps);
   }

@@ -427,10 +427,11 @@ class BF16RecurrentBackward {
   Barrier barrier_;
 };
 
-// A bfloat16 layer without flags or projection by the products above, any other by the kernels of `base`.
+// A bfloat16 layer without flags, options or projection by the products above, any other by the kernels of `base`.
 template <template <typename> class Kernel, typename Cell, typename Params, void (*KernelTable::*kBase)(const Params&)>
 void dispatch_bf16(const Params& p) {
-  if (p.storage == Storage::kBFloat16 && p.flags == nullptr && p.w_hr == nullptr)
+  if (p.storage == Storage::kBFloat16 && p.flags == nullptr && p.w_hr == nullptr &&
+      p.options == nullptr)
     launch<Kernel<Cell>>(p);
   else
     (kAvx512Kernels.*kBase)(p);
