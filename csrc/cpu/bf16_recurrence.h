@@ -331,10 +331,10 @@ class BF16RecurrentBackward {
     if (p_.dx) BF16InputGradient{d, p_.I, w_, half(p_.dx)}.run(unit, sums[0], thread, threads);
     if (!weights()) return;
     const InputRows x{p_.storage, p_.x, p_.x_stride_t, p_.x_stride_b};
-    const PreviousHidden<false> h{p_.storage, clock_, p_.B, p_.H, nullptr, p_.y, p_.h0};
+    const PreviousHidden<kNoFlags> h{p_.storage, clock_, p_.B, p_.H, nullptr, p_.y, p_.h0, nullptr};
     BF16WeightGradient{d, p_.B}.run(unit, columns_, packed_ + thread * packed_stride_, sums_, thread, threads, barrier_,
                                     BF16RowSource<InputRows>{p_.I, x, half(p_.dw_ih)},
-                                    BF16RowSource<PreviousHidden<false>>{p_.H, h, half(p_.dw_hh)});
+                                    BF16RowSource<PreviousHidden<kNoFlags>>{p_.H, h, half(p_.dw_hh)});
   }
 
   void finish() const {
@@ -430,8 +430,7 @@ class BF16RecurrentBackward {
 // A bfloat16 layer without flags, options or projection by the products above, any other by the kernels of `base`.
 template <template <typename> class Kernel, typename Cell, typename Params, void (*KernelTable::*kBase)(const Params&)>
 void dispatch_bf16(const Params& p) {
-  if (p.storage == Storage::kBFloat16 && p.flags == nullptr && p.w_hr == nullptr &&
-      p.options == nullptr)
+  if (p.storage == Storage::kBFloat16 && p.flags == nullptr && p.w_hr == nullptr && p.options == nullptr)
     launch<Kernel<Cell>>(p);
   else
     (kAvx512Kernels.*kBase)(p);
