@@ -16,9 +16,12 @@ import fastseq
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = (
     "fastseq",
+    "fastseq.autoencoder",
     "fastseq.cli",
     "fastseq.cli.bench",
+    "fastseq.cluster",
     "fastseq.cpu",
+    "fastseq.datasets",
     "fastseq.kernels",
     "fastseq.nn",
     "fastseq.ops",
