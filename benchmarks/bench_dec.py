@@ -40,7 +40,14 @@ LOADERS: dict[str, Callable[[Path | None], Labelled]] = {
     "stl10": datasets.load_stl10_hog,
 }
 METHODS = ("k-means", "autoencoder + k-means", "DEC without backprop", "DEC", "IDEC", "ClustPy DEC")
-PRETRAINING = ("hidden_sizes", "corruption", "pretrain_epochs", "pretrain_batch_size", "pretrain_learning_rate")
+PRETRAINING = (
+    "hidden_sizes",
+    "corruption",
+    "noise",
+    "pretrain_epochs",
+    "pretrain_batch_size",
+    "pretrain_learning_rate",
+)
 IDEC_WEIGHT = 10.0  # Guo et al. weigh the clustering loss 0.1 against the reconstruction
 
 

@@ -17,6 +17,7 @@ from dec_cases import points
 from fastseq.cli.main import main
 from fastseq.cluster import DEC
 
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}  # the problems are tiny
 FEW = ["--epochs", "2", "--steps", "20", "--update-interval", "10", "--hidden", "16", "--seed", "0"]
 
 
@@ -36,7 +37,7 @@ def command(*arguments):
 def test_digits_as_a_subprocess(tmp_path):
     out, target = tmp_path / "out", tmp_path / "dec.json"
     done = subprocess.run(
-        command(*FEW, "--out", out, "--json", target), capture_output=True, text=True, check=False, timeout=300
+        command(*FEW, "--out", out, "--json", target), env=ONE_THREAD, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     assert "pretraining: 100%" in done.stderr
@@ -99,9 +100,8 @@ def test_interrupted_and_taken_up_again(tmp_path):
     np.save(tmp_path / "x.npy", points(600)[0])
     arguments = ["--data", tmp_path / "x.npy", "--clusters", 3, "--hidden", 16, "--epochs", 150, "--steps", 20]
     arguments += ["--update-interval", 10]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        command(*arguments, "--out", tmp_path / "a"), stderr=subprocess.PIPE, text=True, env=environment
+        command(*arguments, "--out", tmp_path / "a"), stderr=subprocess.PIPE, text=True, env=ONE_THREAD
     )
     seen, deadline = "", time.monotonic() + 200
     while "loss=" not in seen and time.monotonic() < deadline:
@@ -112,7 +112,7 @@ def test_interrupted_and_taken_up_again(tmp_path):
     assert "interrupted" in seen
     for folder in ("a", "b"):
         done = subprocess.run(
-            command(*arguments, "--out", tmp_path / folder), env=environment, capture_output=True, check=False
+            command(*arguments, "--out", tmp_path / folder), env=ONE_THREAD, capture_output=True, check=False
         )
         assert done.returncode == 0, done.stderr
     assert (tmp_path / "a" / "labels.csv").read_bytes() == (tmp_path / "b" / "labels.csv").read_bytes()
@@ -132,7 +132,7 @@ def test_two_processes(tmp_path):
         "dec",
     ]
     launch += ["--data", str(tmp_path / "x.npy"), "--clusters", "3", *FEW, "--out", str(tmp_path / "out")]
-    done = subprocess.run(launch, capture_output=True, text=True, check=False, timeout=300)
+    done = subprocess.run(launch, env=ONE_THREAD, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("150 points in 3 clusters") == 1
     assert Path(tmp_path / "out" / "report.md").exists()

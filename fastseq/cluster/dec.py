@@ -47,10 +47,11 @@ class DEC(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, BaseE
         autoencoder: one that has been trained, of which a copy is taken; None: a denoising autoencoder is pretrained.
         hidden_sizes: widths of its encoder.
         code_size: numbers in a code; None: as many as clusters.
-        corruption: share of the input that is masked in pretraining.
+        corruption: of the input in pretraining, ``"masking"`` or ``"gaussian"``.
+        noise: the share that is masked, or the standard deviation of the Gaussian noise in the units of the data.
         pretrain_epochs: passes over the data.
         pretrain_batch_size: points in a step of pretraining.
-        pretrain_learning_rate: of Adam.
+        pretrain_learning_rate: of Adam; it is divided by 10 for the last quarter of the epochs.
         n_init: restarts of k-means.
         alpha: degrees of freedom of the Student's t kernel.
         optimizer: of the joint training, ``"sgd"`` or ``"adam"``.
@@ -92,7 +93,8 @@ class DEC(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, BaseE
         autoencoder: Autoencoder | None = None,
         hidden_sizes: Sequence[int] = (500, 500, 2000),
         code_size: int | None = None,
-        corruption: float = 0.2,
+        corruption: str = "masking",
+        noise: float = 0.2,
         pretrain_epochs: int = 100,
         pretrain_batch_size: int = 256,
         pretrain_learning_rate: float = 1e-3,
@@ -121,6 +123,7 @@ class DEC(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, BaseE
         self.hidden_sizes = hidden_sizes
         self.code_size = code_size
         self.corruption = corruption
+        self.noise = noise
         self.pretrain_epochs = pretrain_epochs
         self.pretrain_batch_size = pretrain_batch_size
         self.pretrain_learning_rate = pretrain_learning_rate
@@ -229,7 +232,7 @@ class DEC(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, BaseE
             torch.manual_seed(seed)
             code_size = self.n_clusters if self.code_size is None else self.code_size
             model = kinds.DenoisingAutoencoder(
-                points.features, tuple(self.hidden_sizes), code_size, level=self.corruption
+                points.features, tuple(self.hidden_sizes), code_size, corruption=self.corruption, level=self.noise
             )
         return model.to(points.device, points.dtype)
 
@@ -240,6 +243,7 @@ class DEC(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, BaseE
             epochs=self.pretrain_epochs,
             batch_size=self.pretrain_batch_size,
             learning_rate=self.pretrain_learning_rate,
+            decay_epochs=max(1, -(-3 * self.pretrain_epochs // 4)),
             seed=seed,
             precision=self.precision,
         )
