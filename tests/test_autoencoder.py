@@ -20,15 +20,7 @@ from fastseq.autoencoder import (
 from fastseq.autoencoder.sparse import kl_sparsity, l1_sparsity
 from fastseq.autoencoder.variational import gaussian_kl
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The models are tiny: threads would only wait for one another."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SIZES = {"input_size": 12, "hidden_sizes": (9,), "code_size": 3}
 KINDS = {

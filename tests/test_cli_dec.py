@@ -11,23 +11,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from dec_cases import points
 
 from fastseq.cli.main import main
 from fastseq.cluster import DEC
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}  # the problems are tiny
 FEW = ["--epochs", "2", "--steps", "20", "--update-interval", "10", "--hidden", "16", "--seed", "0"]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The problems are tiny: threads would only wait for one another."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def command(*arguments):

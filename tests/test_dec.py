@@ -22,14 +22,7 @@ from fastseq.cluster import DEC
 from fastseq.cluster.joint import Joint, Settings
 from fastseq.metrics import adjusted_rand_score, clustering_accuracy
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The problems are tiny: threads would only wait for one another."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def small(**changes):

@@ -12,14 +12,7 @@ from fastseq.cluster import KMeans
 from fastseq.cluster.lloyd import centers_of, kmeans, plus_plus
 from fastseq.metrics import adjusted_rand_score
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The problems are tiny: threads would only wait for one another."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def blobs(count=300, k=5, d=4, seed=0, dtype=np.float64):

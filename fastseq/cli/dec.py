@@ -261,8 +261,10 @@ def report(model: "DEC", outcome: Outcome, pictures: list[Path]) -> str:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the clustering; 0, or 2 when it cannot be done."""
-    for package in ("rich", "matplotlib", "sklearn", "scipy", "tqdm", "safetensors"):
+    for package in ("rich", "matplotlib"):
         console.require(package, "dec")
+    for package in ("sklearn", "scipy", "tqdm", "safetensors"):
+        console.require(package, "dec", "cluster")
     try:
         args.folder.mkdir(parents=True, exist_ok=True)
         console.check_writable(args.folder / "report.md")
