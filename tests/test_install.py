@@ -20,6 +20,7 @@ PACKAGES = (
     "fastseq.cli.bench",
     "fastseq.cpu",
     "fastseq.kernels",
+    "fastseq.models",
     "fastseq.nn",
     "fastseq.ops",
     "fastseq.reference",

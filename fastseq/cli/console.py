@@ -33,6 +33,20 @@ def require(name: str, purpose: str) -> ModuleType:
         ) from None
 
 
+def default_text(purpose: str) -> str:
+    """The English text that every CPython carries.
+
+    Raises:
+        CommandError: this Python has been stripped of it.
+    """
+    from fastseq.models.text import python_documentation
+
+    try:
+        return python_documentation()
+    except ModuleNotFoundError:
+        raise CommandError(f"this Python has no pydoc_data.topics, the text that {purpose} learns") from None
+
+
 def make_console(width: int = 120) -> "Console":
     """Where a command prints: as wide as the terminal, and ``width`` columns wide in a pipe or a file."""
     from rich.console import Console
