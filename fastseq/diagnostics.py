@@ -236,7 +236,8 @@ def gradient_flow(
         [T], time in input order.
 
     Raises:
-        TypeError, ValueError, fastseq.ShapeError: as :class:`GradientRecorder` and ``rnn``, or ``loss`` gives no scalar.
+        TypeError, ValueError, fastseq.ShapeError: as :class:`GradientRecorder` and ``rnn``, or ``loss``
+            gives no scalar.
         IndexError: there is no such layer.
     """
     with GradientRecorder(rnn) as recorder, torch.enable_grad():
@@ -246,7 +247,8 @@ def gradient_flow(
         if not isinstance(value, Tensor) or value.numel() != 1:
             raise ValueError(f"loss: expected a function that gives a scalar, got {value!r}")
         value.backward(inputs=[trace.probe for trace in recorder._traces])
-    return recorder._traces[layer].total().flatten(1).norm(dim=1)
+    norms: Tensor = recorder._traces[layer].total().flatten(1).norm(dim=1)
+    return norms
 
 
 def jacobian_norms(
@@ -351,5 +353,6 @@ def plot_gradient_flow(
 def _check(rnn: object) -> None:
     if not isinstance(rnn, RecurrentForward):
         raise TypeError(
-            f"rnn: expected fastseq.LSTM or fastseq.RNN, got {type(rnn).__name__} (fastseq.convert makes one of torch's)"
+            f"rnn: expected fastseq.LSTM or fastseq.RNN, got {type(rnn).__name__} (fastseq.convert makes one of "
+            "torch's)"
         )

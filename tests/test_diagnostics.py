@@ -21,7 +21,7 @@ T, B, I, H = 7, 3, 4, 5
 
 
 def loop(rnn, x, upstream, lengths=None, reset=None):
-    """dL/dh_t [L·D, T, B, P] with L = Σ upstream · y, by autograd of one call a step; every h_t is a node of its own."""
+    """dL/dh_t [L·D, T, B, P] with L = Σ upstream · y, by autograd of one call a step, each h_t a node of its own."""
     is_lstm, directions = isinstance(rnn, fastseq.LSTM), 2 if rnn.bidirectional else 1
     kept = []
     for layer in range(rnn.num_layers):
@@ -189,7 +189,9 @@ def test_watch_warns_once_and_again_after_recovery(seed):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             assert step(0, 1.0).shape == (1, T)
-        with pytest.warns(GradientRangeWarning, match=r"step 1, layer 0: the gradient explodes.*expected 0.001 to 1000"):
+        with pytest.warns(
+            GradientRangeWarning, match=r"step 1, layer 0: the gradient explodes.*expected 0.001 to 1000"
+        ):
             step(1, 1e6)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
@@ -204,7 +206,7 @@ def test_watch_warns_once_and_again_after_recovery(seed):
 
 
 def test_refusals():
-    with pytest.raises(TypeError, match="rnn: expected fastseq.LSTM or fastseq.RNN"):
+    with pytest.raises(TypeError, match=r"rnn: expected fastseq\.LSTM or fastseq\.RNN"):
         gradient_flow(torch.nn.LSTM(2, 3), torch.zeros(1, 1, 2))
     with pytest.raises(ValueError, match="zoneout"):
         GradientRecorder(fastseq.LSTM(2, 3, zoneout=0.1))

@@ -262,7 +262,9 @@ def make_trainer(folder=None, **changes):
     torch.manual_seed(3)
     model = LanguageModel(len(vocabulary), 16, 16, 2, dropout=0.1)
     settings = TrainingSettings(**{"batch": 4, "window": 16, "epochs": 2, "learning_rate": 1e-2, "warmup": 5} | changes)
-    return LanguageModelTrainer(model, vocabulary, tokens[:1500], tokens[1500:], settings, folder=folder, progress=False)
+    return LanguageModelTrainer(
+        model, vocabulary, tokens[:1500], tokens[1500:], settings, folder=folder, progress=False
+    )
 
 
 def test_training_learns_and_keeps_the_best(tmp_path):

@@ -1,12 +1,13 @@
 """What the commands share: the one expected error, optional packages, and files to write."""
 
 import argparse
-import importlib
 import json
 import tempfile
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
+
+from fastseq import _extras
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -16,21 +17,18 @@ class CommandError(Exception):
     """Something the user can mend: shown as one line, without a traceback; exit status 2."""
 
 
-def require(name: str, purpose: str) -> ModuleType:
-    """Imports the optional package that a command draws with.
+def require(name: str, purpose: str, extra: str = "cli") -> ModuleType:
+    """Imports the optional package that a command needs, from the extra of that name.
 
     Raises:
         CommandError: naming the package, what wanted it, and how to install it.
     """
     try:
-        return importlib.import_module(name)
+        return _extras.require(name, extra, purpose)
     except ModuleNotFoundError as error:
-        package = name.partition(".")[0]
-        if error.name is None or error.name.partition(".")[0] != package:
-            raise  # the package is there, but something inside it is missing: that message is the useful one
-        raise CommandError(
-            f"{purpose} needs the package '{package}', which is not installed: pip install 'fastseq[cli]'"
-        ) from None
+        if error.name != name:
+            raise  # the package is there, but something inside it is missing
+        raise CommandError(str(error)) from None
 
 
 def default_text(purpose: str) -> str:

@@ -43,7 +43,7 @@ def linear_cross_entropy(
         return F.linear_cross_entropy(
             input, weight, target, linear_bias=bias, reduction=reduction, ignore_index=IGNORED, options=options
         )
-    total: Tensor = _Blocks.apply(input, weight, bias, target, rows)
+    total: Tensor = _Blocks.apply(input, weight, bias, target, rows)  # type: ignore[no-untyped-call]
     return total if reduction == "sum" else total / (target != IGNORED).sum()
 
 
@@ -51,9 +51,7 @@ class _Blocks(torch.autograd.Function):
     """The sum of the cross entropies, with the gradients of :func:`_plain` made block by block in the forward."""
 
     @staticmethod
-    def forward(
-        ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, rows: int
-    ) -> Tensor:
+    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, rows: int) -> Tensor:
         wide = torch.promote_types(input.dtype, torch.float32)
         total = torch.zeros((), dtype=wide, device=input.device)
         wanted = any(ctx.needs_input_grad)

@@ -57,5 +57,7 @@ def load_language_model(path: str | os.PathLike[str]) -> tuple[LanguageModel, Vo
         reason = " ".join(str(error).split())
         raise ValueError(f"{path} is not a whole checkpoint of a language model: {reason}") from None
     if len(vocabulary) != model.config["vocab_size"]:
-        raise ValueError(f"{path}: expected {model.config['vocab_size']} tokens in the vocabulary, got {len(vocabulary)}")
+        raise ValueError(
+            f"{path}: expected {model.config['vocab_size']} tokens in the vocabulary, got {len(vocabulary)}"
+        )
     return model.eval(), vocabulary, state["facts"]

@@ -219,9 +219,7 @@ class LanguageModelTrainer:
         return self._place.history
 
     @classmethod
-    def resume(
-        cls, folder: str | os.PathLike[str], train: Tensor, valid: Tensor, *, progress: bool = True
-    ) -> Self:
+    def resume(cls, folder: str | os.PathLike[str], train: Tensor, valid: Tensor, *, progress: bool = True) -> Self:
         """The trainer that wrote the last checkpoint in ``folder``, as it then was; torch's generators are set too.
 
         Raises:
@@ -309,7 +307,9 @@ class LanguageModelTrainer:
         on_step(place.step)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip)
         if not norm.isfinite():
-            raise FloatingPointError(f"step {place.step}: the norm of the gradient is {norm.item()}; nothing was changed")
+            raise FloatingPointError(
+                f"step {place.step}: the norm of the gradient is {norm.item()}; nothing was changed"
+            )
         self.optimizer.step()
         place.state = detach_state(state)
         value: Tensor = loss.detach()
