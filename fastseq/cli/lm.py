@@ -49,7 +49,7 @@ def _add_train(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         "--text", type=Path, metavar="FILE", help="UTF-8 text to learn (default: the documentation inside Python)"
     )
     parser.add_argument(
-        "--valid", type=Path, metavar="FILE", help=f"text to validate on (default: the end of --text, a tenth)"
+        "--valid", type=Path, metavar="FILE", help="text to validate on (default: the end of --text, a tenth)"
     )
     parser.add_argument(
         "--resume", action="store_true", help="go on from DIR, with the settings and the texts that it began with"
