@@ -1,4 +1,4 @@
-"""What the examples of :class:`fastseq.models.SequenceEncoder` share: one model, trained with fastseq and with torch.nn.
+"""What the examples of :class:`fastseq.models.SequenceEncoder` share: one model, trained with fastseq and torch.nn.
 
 Both start from the same weights and see the same batches, and take turns at every step, so that a machine that slows
 down does so for both.
