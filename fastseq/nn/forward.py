@@ -105,7 +105,7 @@ class RecurrentForward(_Module):
 
     def _alters_step(self) -> bool:
         """Whether a step computes something else than the plain layers, at least by chance."""
-        return self.training and (self.dropout > 0 or self.recurrent_dropout > 0)
+        return bool(self.training and (self.dropout or self.recurrent_dropout))
 
     def _step_nonlinearity(self) -> str | None:
         """Of an Elman layer; None for the LSTM."""
@@ -312,7 +312,7 @@ class RecurrentForward(_Module):
         """A step with checked arguments from packed weights, packed anew if need be; None where they do not serve."""
         names = [self._weight_names(k) for k in range(self.num_layers)]
         size = self._state_sizes()[0]
-        form = Form(x_t.shape, tuple(state.shape for state in states), (*x_t.shape[:-1], size), batch)
+        form: Form = (x_t.shape, tuple(state.shape for state in states), (*x_t.shape[:-1], size), batch)
         for packed in (self._packed, None):
             if packed is None:
                 if not PackedStep.serves(self, names, x_t, states):

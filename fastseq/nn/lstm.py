@@ -142,7 +142,7 @@ class LSTMForward(RecurrentForward):
             or self.layer_norm is not None
             or self.cell_clip is not None
             or self.zoneout != (0, 0)
-            or super()._alters_step()
+            or bool(self.training and (self.dropout or self.recurrent_dropout))
         )
 
     def _step_nonlinearity(self) -> str | None:

@@ -14,7 +14,7 @@ differs goes through all checks.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,13 +27,9 @@ States = tuple[Tensor, ...]
 PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 
-class Form(NamedTuple):
-    """The shapes of a step's arguments and results."""
-
-    x: tuple[int, ...]
-    states: tuple[tuple[int, ...], ...]
-    y: tuple[int, ...]
-    batch: int
+# The shapes of a step's arguments and results, and the number of rows: x, states, y, batch. A plain tuple, since reading
+# a field of a named one costs as much as looking at a tensor.
+Form = tuple[tuple[int, ...], tuple[tuple[int, ...], ...], tuple[int, ...], int]
 
 
 class PackedStep:
@@ -57,10 +53,10 @@ class PackedStep:
     @staticmethod
     def serves(module: Any, names: Sequence[Mapping[str, str]], x: Tensor, states: States) -> bool:
         """Whether the module's weights can be packed for such arguments: parameters, dense, on the CPU, no gradient."""
-        weights = [module._parameters.get(name) for of in names for name in of.values()]
+        weights: list[Any] = [module._parameters.get(name) for of in names for name in of.values()]
         return (
             cpu.available()
-            and _is_eager()
+            and is_eager()
             and all(_is_plain(tensor) for tensor in (x, *states, *weights))
             and all(weight.is_contiguous() for weight in weights)
             and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *states, *weights)))
@@ -77,11 +73,40 @@ class PackedStep:
         Everything is looked at here that memory safety and the validity of the packed weights need.
         """
         form = self._form
-        if form is None or module._step_nonlinearity() != self._nonlinearity or not _is_eager() or not _may_repeat(x, form.x, self._dtype) or len(states) != len(form.states):
+        if form is None or not is_eager() or module._step_nonlinearity() != self._nonlinearity:
             return None
-        for state, shape in zip(states, form.states, strict=True):
-            if not _may_repeat(state, shape, self._dtype):
+        x_shape, state_shapes, y_shape, batch = form
+        dtype = self._dtype
+        h, c = states if len(states) == 2 else (states[0], None)
+        # The same for each of the three, written out: a call costs as much as what it looks at.
+        if (
+            type(x) not in PLAIN_TYPES
+            or x.shape != x_shape
+            or x.dtype is not dtype
+            or not x.is_cpu
+            or not x.is_contiguous()
+            or x.is_neg()
+            or type(h) not in PLAIN_TYPES
+            or h.shape != state_shapes[0]
+            or h.dtype is not dtype
+            or not h.is_cpu
+            or not h.is_contiguous()
+            or h.is_neg()
+        ):
+            return None
+        if c is None:
+            if len(state_shapes) != 1:
                 return None
+        elif (
+            len(state_shapes) != 2
+            or type(c) not in PLAIN_TYPES
+            or c.shape != state_shapes[1]
+            or c.dtype is not dtype
+            or not c.is_cpu
+            or not c.is_contiguous()
+            or c.is_neg()
+        ):
+            return None
         held = module._parameters
         for name, weight, address, version in self._weights:
             if (
@@ -92,24 +117,22 @@ class PackedStep:
                 return None
         if torch.is_grad_enabled() and _wants_gradient(x, states, self._weights):
             return None
-        h = states[0]
+        y = torch.empty_like(x) if y_shape == x_shape else x.new_empty(y_shape)
         h_n = torch.empty_like(h)
-        y = torch.empty_like(x) if form.y == form.x else x.new_empty(form.y)
-        if len(states) == 1:
-            finals: States = (h_n,)
-            c = c_n = 0
-        else:
-            after = torch.empty_like(states[1])
-            finals = (h_n, after)
-            c, c_n = states[1].data_ptr(), after.data_ptr()
-        done = self._handle.run(
-            form.batch, x.data_ptr(), h.data_ptr(), c, y.data_ptr(), h_n.data_ptr(), c_n, torch.get_num_threads()
+        threads = torch.get_num_threads()
+        run = self._handle.run
+        if c is None:
+            done = run(batch, x.data_ptr(), h.data_ptr(), 0, y.data_ptr(), h_n.data_ptr(), 0, threads)
+            return (y, (h_n,)) if done else None
+        c_n = torch.empty_like(c)
+        done = run(
+            batch, x.data_ptr(), h.data_ptr(), c.data_ptr(), y.data_ptr(), h_n.data_ptr(), c_n.data_ptr(), threads
         )
-        return (y, finals) if done else None
+        return (y, (h_n, c_n)) if done else None
 
 
-def _is_eager() -> bool:
-    """Nothing records, transforms or replaces operations, so that a kernel may be called without the dispatcher."""
+def is_eager() -> bool:
+    """Whether nothing records, transforms or replaces operations: a kernel may be called past the dispatcher."""
     return (
         not torch._C._is_any_autocast_enabled()
         and not torch._C._are_functorch_transforms_active()
@@ -119,24 +142,8 @@ def _is_eager() -> bool:
     )
 
 
-def _is_plain(tensor: Tensor | None) -> bool:
-    return (
-        type(tensor) in PLAIN_TYPES
-        and tensor.is_cpu
-        and tensor.layout is torch.strided
-        and not tensor.is_neg()
-    )
-
-
-def _may_repeat(tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
-    return (
-        type(tensor) in PLAIN_TYPES
-        and tensor.shape == shape
-        and tensor.dtype is dtype
-        and tensor.is_cpu
-        and tensor.is_contiguous()
-        and not tensor.is_neg()
-    )
+def _is_plain(tensor: Any) -> bool:
+    return type(tensor) in PLAIN_TYPES and tensor.is_cpu and tensor.layout is torch.strided and not tensor.is_neg()
 
 
 def _wants_gradient(x: Tensor, states: States, weights: tuple[tuple[str, Tensor, int, int | None], ...]) -> bool:
