@@ -27,7 +27,7 @@ States = tuple[Tensor, ...]
 PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 
-# The shapes of a step's arguments and results, and the number of rows: x, states, y, batch. A plain tuple, since reading
+# The shapes of a step's arguments and results, and the number of rows: x, states, y, batch. A plain tuple: reading
 # a field of a named one costs as much as looking at a tensor.
 Form = tuple[tuple[int, ...], tuple[tuple[int, ...], ...], tuple[int, ...], int]
 
