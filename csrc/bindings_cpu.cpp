@@ -10,6 +10,7 @@
 #include <memory>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "cpu/packed_step.h"
@@ -51,10 +52,24 @@ void require(bool present, const char* what) {
   if (!present) throw std::invalid_argument(std::string(what) + " must not be null");
 }
 
+// Writes one field of LayerOptions: a pointer as an address, a number as it is.
+template <auto kField, typename Value>
+void set_option(LayerOptions& options, Value value) {
+  if constexpr (std::is_same_v<Value, Address>)
+    options.*kField = reinterpret_cast<std::remove_reference_t<decltype(options.*kField)>>(value);
+  else
+    options.*kField = value;
+}
+template <auto kField, typename Value = Address>
+void option(py::class_<LayerOptions>& options, const char* name) {
+  options.def_property(name, nullptr, &set_option<kField, Value>);
+}
+
 ForwardParams forward_params(int storage, int activation, const std::vector<std::int64_t>& sizes, Address x,
                              std::int64_t x_stride_t, std::int64_t x_stride_b, Address h0, Address c0, Address w_ih,
                              Address w_hh, Address b_ih, Address b_hh, Address w_hr, Address flags, bool reverse,
-                             Address y, Address h_n, Address c_n, Address c, Address gates, int threads) {
+                             Address y, Address h_n, Address c_n, Address c, Address gates, const LayerOptions* options,
+                             int threads) {
   ForwardParams p{};
   set_sizes(p, storage, activation, sizes, threads);
   require(((x && w_ih) || sizes[2] == 0) && h0 && w_hh && y && h_n, "x, h0, w_ih, w_hh, y and h_n");
@@ -66,6 +81,7 @@ ForwardParams forward_params(int storage, int activation, const std::vector<std:
   p.reverse = reverse;
   p.y = pointer(y), p.h_n = pointer(h_n), p.c_n = pointer(c_n);
   p.c = pointer(c), p.gates = pointer(gates);
+  p.options = options;
   return p;
 }
 
@@ -75,10 +91,12 @@ BackwardParams backward_params(int storage, int activation, const std::vector<st
                                Address h0, Address c0, Address w_ih, Address w_hh, Address w_hr, Address flags,
                                bool reverse, Address y, Address c, Address gates, Address dgates, Address dx,
                                Address dh0, Address dc0, Address dw_ih, Address dw_hh, Address db, Address dw_hr,
-                               int threads) {
+                               const LayerOptions* options, int threads) {
   BackwardParams p{};
   set_sizes(p, storage, activation, sizes, threads);
-  require(((x && w_ih) || sizes[2] == 0) && h0 && w_hh && y && dgates, "x, h0, w_ih, w_hh, y and dgates");
+  const bool recompute = options && options->recompute;
+  require(((x && w_ih) || sizes[2] == 0) && h0 && w_hh && y, "x, h0, w_ih, w_hh and y");
+  require(recompute || (gates && dgates), "gates and dgates");
   p.grad_y = pointer(grad_y), p.grad_h_n = pointer(grad_h_n), p.grad_c_n = pointer(grad_c_n);
   p.grad_y_stride_t = grad_y_stride_t, p.grad_y_stride_b = grad_y_stride_b;
   p.x_stride_t = x_stride_t, p.x_stride_b = x_stride_b;
@@ -91,26 +109,30 @@ BackwardParams backward_params(int storage, int activation, const std::vector<st
   p.dw_ih = pointer(dw_ih), p.dw_hh = pointer(dw_hh), p.db = pointer(db), p.dw_hr = pointer(dw_hr);
   if (p.dw_ih || p.dw_hh)
     require((dw_ih || sizes[2] == 0) && dw_hh && (!w_hr || dw_hr), "the weights' gradients, given in part,");
+  p.options = options;
+  if (options) {
+    require(!options->dh_reset || options->h_reset, "h_reset, whose gradient is asked for,");
+    require(!options->dc_reset || options->c_reset, "c_reset, whose gradient is asked for,");
+    require(!options->dh_mask || options->h_mask, "h_mask, whose gradient is asked for,");
+    require(!options->dpeephole || options->peephole, "peephole, whose gradient is asked for,");
+  }
   return p;
 }
 
 void check_lstm_forward(const ForwardParams& p) {
   require(p.c0 && p.c_n, "c0 and c_n");
-  if ((p.c == nullptr) != (p.gates == nullptr)) throw std::invalid_argument("the tape is both c and gates, or neither");
+  if (!p.c && p.gates) throw std::invalid_argument("the tape is c and gates, c alone, or neither");
   if (p.w_hr == nullptr && p.P != p.H) throw std::invalid_argument("without w_hr, P must be H");
 }
 void check_lstm_backward(const BackwardParams& p) {
-  require(p.c0 && p.c && p.gates, "c0, c and gates");
+  require(p.c0 && p.c, "c0 and c");
   if (p.w_hr == nullptr && p.P != p.H) throw std::invalid_argument("without w_hr, P must be H");
 }
 void check_rnn(bool projected) {
   if (projected) throw std::invalid_argument("an Elman layer has no projection: P must be H");
 }
 void check_rnn_forward(const ForwardParams& p) { check_rnn(p.w_hr != nullptr || p.P != p.H); }
-void check_rnn_backward(const BackwardParams& p) {
-  check_rnn(p.w_hr != nullptr || p.P != p.H);
-  require(p.gates != nullptr, "gates");
-}
+void check_rnn_backward(const BackwardParams& p) { check_rnn(p.w_hr != nullptr || p.P != p.H); }
 
 void require_sizes(std::initializer_list<std::int64_t> sizes) {
   for (const std::int64_t size : sizes)
@@ -257,6 +279,29 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("idle_bytes", &idle_bytes);
   m.def("release_idle", &release_idle);
   m.def("advise_huge_pages", [](Address address, std::size_t bytes) { advise_huge_pages(pointer(address), bytes); });
+  py::class_<LayerOptions> options(m, "Options", "What a recurrence is asked for beyond the plain layer.");
+  options.def(py::init([] { return LayerOptions{}; }));
+  option<&LayerOptions::h_reset>(options, "h_reset");
+  option<&LayerOptions::c_reset>(options, "c_reset");
+  option<&LayerOptions::h_reset_per_step, bool>(options, "h_reset_per_step");
+  option<&LayerOptions::c_reset_per_step, bool>(options, "c_reset_per_step");
+  option<&LayerOptions::h_mask>(options, "h_mask");
+  option<&LayerOptions::zoneout_h>(options, "zoneout_h");
+  option<&LayerOptions::zoneout_c>(options, "zoneout_c");
+  option<&LayerOptions::zoneout_h_rate, double>(options, "zoneout_h_rate");
+  option<&LayerOptions::zoneout_c_rate, double>(options, "zoneout_c_rate");
+  option<&LayerOptions::peephole>(options, "peephole");
+  option<&LayerOptions::cell_clip, double>(options, "cell_clip");
+  option<&LayerOptions::grad_clip, double>(options, "grad_clip");
+  option<&LayerOptions::grad_c>(options, "grad_c");
+  option<&LayerOptions::grad_gates>(options, "grad_gates");
+  option<&LayerOptions::recompute, bool>(options, "recompute");
+  option<&LayerOptions::b_ih>(options, "b_ih");
+  option<&LayerOptions::b_hh>(options, "b_hh");
+  option<&LayerOptions::dh_reset>(options, "dh_reset");
+  option<&LayerOptions::dc_reset>(options, "dc_reset");
+  option<&LayerOptions::dh_mask>(options, "dh_mask");
+  option<&LayerOptions::dpeephole>(options, "dpeephole");
   m.def("lstm_forward", bind<&KernelTable::lstm_forward>(&forward_params, &check_lstm_forward));
   m.def("lstm_backward", bind<&KernelTable::lstm_backward>(&backward_params, &check_lstm_backward));
   m.def("rnn_forward", bind<&KernelTable::rnn_forward>(&forward_params, &check_rnn_forward));

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastseq import cpu, reference
 from fastseq import functional as F
-from fastseq.testing import assert_matches_reference, implementations, use_implementation
+from fastseq.testing import assert_matches_reference, compare, implementations, use_implementation
 
 
 def test_cpp_kernels_run_here() -> None:
@@ -40,6 +40,18 @@ def test_every_combination(
 ) -> None:
     case = Case(T, B, 65, H, P=(H + 1) // 2 if projected else None, reverse=reverse, time=time)
     assert_matches_reference("lstm", draws_of(case, 4, dtype), implementation=backend, seed=seed)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("reach", [1.0, 20.0, 200.0])
+def test_saturated_gates(reach: float, dtype: torch.dtype, backend: str, seed: int) -> None:
+    """One unit whose gates all see x itself: the activations alone are judged, near zero, far out and beyond."""
+    B = 1000
+    x = reach * torch.linspace(-1, 1, B, dtype=dtype).reshape(1, B, 1)
+    h0, c0 = torch.zeros(B, 1, dtype=dtype), (2 * torch.rand(B, 1, dtype=torch.float64) - 1).to(dtype)
+    given = {"x": x, "h0": h0, "c0": c0, "w_ih": torch.ones(4, 1, dtype=dtype), "w_hh": torch.zeros(4, 1, dtype=dtype)}
+    for result in compare("lstm", given, implementation=backend, used={"y", "c_n"}, seed=seed):
+        assert result.ok or result.name not in ("y", "c_n", "dx", "dc0"), result  # the weights': one sum that cancels
 
 
 @pytest.mark.usefixtures("poison")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fastseq import cpu, reference
 from fastseq import functional as F
-from fastseq.testing import assert_matches_reference, implementations, use_implementation
+from fastseq.testing import assert_matches_reference, compare, implementations, use_implementation
 
 NONLINEARITIES = ["tanh", "relu", "sigmoid"]
 RNN_CASES = [dataclasses.replace(case, P=None) for case in CASES]
@@ -50,6 +50,19 @@ def test_every_combination(
 ) -> None:
     case = Case(T, B, 65, H, reverse=reverse, time=time)
     assert_matches_reference("rnn", draws(case, nonlinearity, dtype), implementation=backend, seed=seed)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("reach", [1.0, 20.0, 200.0])
+@pytest.mark.parametrize("nonlinearity", NONLINEARITIES)
+def test_saturated_units(nonlinearity: str, reach: float, dtype: torch.dtype, backend: str, seed: int) -> None:
+    """One unit that sees x itself, so that the activation alone is judged: near zero, far out and beyond."""
+    B = 1000
+    x = reach * torch.linspace(-1, 1, B, dtype=dtype).reshape(1, B, 1)
+    one, none = torch.ones(1, 1, dtype=dtype), torch.zeros(1, 1, dtype=dtype)
+    given = {"x": x, "h0": none.expand(B, 1), "w_ih": one, "w_hh": none, "nonlinearity": nonlinearity}
+    for result in compare("rnn", given, implementation=backend, seed=seed):
+        assert result.ok or result.name not in ("y", "dx"), result  # the weight's gradient: one sum that cancels
 
 
 @pytest.mark.usefixtures("poison")

@@ -37,21 +37,25 @@ struct AccumulateOp {
 };
 
 // One right operand of the weight gradient: T * B rows of `width` numbers, and where their product goes.
-// RowOf(t, b) gives the row's first element, or null for a row of zeros.
+// RowOf(t, b) gives the row's first element, or null for a row of zeros; where RowOf::kScaled, rows are multiplied by
+// scale[b], unless that is null.
 template <typename Real, typename RowOf>
 struct RowSource {
   Storage storage;
   int64_t width;
   RowOf row_of;
-  void* out;   // [gates * H, width] in the storage of the results
-  Real* sums;  // the same in the arithmetic type where `out` is of another, else null
+  void* out;          // [gates * H, width] in the storage of the results
+  Real* sums;         // the same in the arithmetic type where `out` is of another, else null
+  const Real* scale;  // [B, scale_stride]
+  int64_t scale_stride;
 
   PanelRange columns() const { return {0, divide_up(width, kLanes<Real>)}; }
   Real* target() const { return sums ? sums : static_cast<Real*>(out); }
 };
 template <typename Real, typename RowOf>
-RowSource<Real, RowOf> row_source(Storage storage, int64_t width, RowOf row_of, void* out, Real* sums) {
-  return {storage, width, row_of, out, sums};
+RowSource<Real, RowOf> row_source(Storage storage, int64_t width, RowOf row_of, void* out, Real* sums,
+                                  const Real* scale = nullptr, int64_t scale_stride = 0) {
+  return {storage, width, row_of, out, sums, scale, scale_stride};
 }
 
 // dW = sum over rows of gate gradient (left) times x, h_{t-1}, ... (right). Several right operands share one pass,
@@ -134,8 +138,11 @@ struct WeightGradient {
       const void* from = source.row_of(t, b);
       for (int v = 0; v < panel.vectors; ++v, to += n) {
         const int64_t column = (panel.first + v) * n;
-        store(to, from ? load_as<Real>(source.storage, from, column, lanes_inside<Real>(source.width, column))
-                       : zero<Real>());
+        Vec<Real> value =
+            from ? load_as<Real>(source.storage, from, column, lanes_inside<Real>(source.width, column)) : zero<Real>();
+        if constexpr (decltype(source.row_of)::kScaled)
+          if (source.scale) value = value * load(source.scale + b * source.scale_stride + column);
+        store(to, value);
       }
       if (++b == B) {
         b = 0;

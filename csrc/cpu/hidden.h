@@ -3,6 +3,7 @@
 #pragma once
 
 #include "activations.h"
+#include "options.h"
 #include "pack.h"
 #include "team.h"
 
@@ -20,16 +21,19 @@ struct Clock {
 
 // The h that steps hand on. In plain float and double that is y itself. With flags or half types two slots of
 // arithmetic numbers take turns: they hold h_{t-1} as step t shall see it, rounded, with padding carried and resets
-// already made.
-template <typename Real, bool kFlags>
+// already made. Where recurrent dropout masks h_{t-1}, two more slots hold it so for the product to read.
+template <typename Real, Flags kFlags>
 struct HiddenState {
   Storage storage;
   Clock clock;
   int64_t B, P;
   const uint8_t* flags;
-  void* y;         // [T, B, P]
-  Real* initial;   // [B, slot_width]: h0
-  Real* slots[2];  // or null
+  void* y;                      // [T, B, P]
+  Real* initial;                // [B, slot_width]: h0
+  Real* slots[2];               // or null
+  const LayerOptions* options;  // with kWithOptions
+  Real* mask;                   // [B, slot_width]: h_mask, or null
+  Real* masked[2];              // likewise
 
   static bool needs_slots(Storage storage) { return kFlags || is_half(storage); }
   static int64_t slot_width(int64_t P) { return tape_width(P); }
@@ -40,9 +44,20 @@ struct HiddenState {
     load_rows<Real>(storage, h0, P, initial, width(), B, P);
     if (kFlags)
       for (int64_t b = 0; b < B; ++b)
-        if (flags[clock.time(0) * B + b] & kFlagReset) memset(initial + b * width(), 0, width() * sizeof(Real));
+        if (flags[clock.time(0) * B + b] & kFlagReset) {
+          const void* reset = kFlags == kWithOptions ? reset_row(options->h_reset, options->h_reset_per_step, storage,
+                                                                 clock.time(0), b, B, P)
+                                                     : nullptr;
+          load_rows<Real>(storage, reset, P, initial + b * width(), width(), 1, P);
+        }
+    if (kFlags == kWithOptions && mask) {
+      load_rows<Real>(storage, options->h_mask, P, mask, width(), B, P);
+      for (int64_t n = 0; n < B * width(); n += kLanes<Real>) store(masked[0] + n, load(initial + n) * load(mask + n));
+    }
   }
-  const Real* read(int64_t step) const {
+  // What the recurrent product reads.
+  const Real* read(int64_t step) const { return kFlags == kWithOptions && mask ? masked[step % 2] : state(step); }
+  const Real* state(int64_t step) const {
     if (step == 0) return initial;
     if (has_slots()) return slots[step % 2];
     return static_cast<const Real*>(y) + clock.time(step - 1) * B * P;
@@ -50,6 +65,12 @@ struct HiddenState {
   int64_t read_stride(int64_t step) const { return step == 0 || has_slots() ? width() : P; }
 
   // Where the tile of rows from `row` on, columns from `column` on, leaves its h at `step`.
+  struct SinkOptions {
+    Zoneout<Real> zoneout;
+    Rows<Real> reset;  // of the next step
+    const Real* mask;
+    Real* next_masked;
+  };
   struct Sink {
     Storage storage;
     void* y;
@@ -57,19 +78,33 @@ struct HiddenState {
     Real* next;
     const Real* previous;
     const uint8_t *flags, *next_flags;
+    WithOptions<kFlags, SinkOptions> extra;
 
+    __attribute__((noinline)) void put_apart(int r, int v, Vec<Real> h) const { put(r, v, h); }
     FASTSEQ_INLINE void put(int r, int v, Vec<Real> h) const {
       const int inside = lanes_inside<Real>(width, v * kLanes<Real>);
+      if constexpr (kFlags == kWithOptions)
+        if (extra.zoneout.is_on()) h = extra.zoneout.mix(r, v, load(previous + r * slot_stride + v * kLanes<Real>), h);
       Vec<Real> out = h;
       if (kFlags) {
         if (flags[r] & kFlagPadding) {
           out = zero<Real>();
           h = load(previous + r * slot_stride + v * kLanes<Real>);
         }
-        if (next_flags && next_flags[r] & kFlagReset) h = zero<Real>();
+        if (next_flags && next_flags[r] & kFlagReset) {
+          if constexpr (kFlags == kWithOptions)
+            h = extra.reset.data ? extra.reset.load(r, v) : zero<Real>();
+          else
+            h = zero<Real>();
+        }
       }
       if (inside > 0) store_as<Real>(storage, y, r * y_stride + v * kLanes<Real>, out, inside);
       if (next) store(next + r * slot_stride + v * kLanes<Real>, round_as(storage, h));
+      if constexpr (kFlags == kWithOptions)
+        if (extra.mask) {
+          const int64_t at = r * slot_stride + v * kLanes<Real>;
+          store(extra.next_masked + at, round_as(storage, h) * load(extra.mask + at));
+        }
     }
   };
   Sink sink(int64_t step, int64_t row, int64_t column) const {
@@ -84,26 +119,37 @@ struct HiddenState {
     s.previous = has_slots() ? (step == 0 ? initial : slots[step % 2]) + row * width() + column : nullptr;
     s.flags = kFlags ? flags + t * B + row : nullptr;
     s.next_flags = kFlags && step + 1 < clock.T ? flags + clock.time(step + 1) * B + row : nullptr;
+    if constexpr (kFlags == kWithOptions) {
+      s.extra.zoneout = zoneout_at<Real>(options->zoneout_h, options->zoneout_h_rate, t * B + row, column, P);
+      s.extra.reset = reset_rows<Real>(s.next_flags ? options->h_reset : nullptr, options->h_reset_per_step, storage,
+                                       clock.time(step + 1), B, P, row, column);
+      s.extra.mask = mask ? mask + row * width() + column : nullptr;
+      s.extra.next_masked = mask ? masked[(step + 1) % 2] + row * width() + column : nullptr;
+    }
     return s;
   }
   void finish(void* h_n) const {
     const int64_t T = clock.T;
-    store_rows<Real>(storage, read(T), read_stride(T), h_n, P, B, P);
+    store_rows<Real>(storage, state(T), read_stride(T), h_n, P, B, P);
   }
 };
 
-// h_{t-1} of row (t, b) as the weight gradient needs it, told from y, h0 and the flags: null where it is zero by a
-// reset.
-template <bool kFlags>
+// h_{t-1} of row (t, b) as the weight gradient needs it, but for h_mask, told from y, h0 and the flags: null where it
+// is zero by a reset.
+template <Flags kFlags>
 struct PreviousHidden {
+  static constexpr bool kScaled = kFlags == kWithOptions;  // by h_mask
   Storage storage;
   Clock clock;
   int64_t B, P;
   const uint8_t* flags;
   const void *y, *h0;
+  const LayerOptions* options;
 
   const void* operator()(int64_t t, int64_t b) const {
-    if (kFlags && flags[t * B + b] & kFlagReset) return nullptr;
+    if (kFlags && flags[t * B + b] & kFlagReset)
+      return kFlags == kWithOptions ? reset_row(options->h_reset, options->h_reset_per_step, storage, t, b, B, P)
+                                    : nullptr;
     const int64_t before = clock.before(t);
     // Padding is a suffix in time, so that a step next to it is the first of its sequence in the reverse direction.
     if (clock.is_first(t) || (kFlags && flags[before * B + b] & kFlagPadding)) return at(h0, storage, b * P);
@@ -112,6 +158,7 @@ struct PreviousHidden {
 };
 
 struct InputRows {
+  static constexpr bool kScaled = false;
   Storage storage;
   const void* x;
   int64_t stride_t, stride_b;
@@ -119,8 +166,9 @@ struct InputRows {
 };
 
 // dL/dh_t of a tile: what comes from step t+1 through the recurrent weights, from y_t, and from h_n at the end of the
-// sequence. With flags, `carry` [B, width] holds what passes a padded step by; it begins as the gradient of h_n.
-template <typename Real, bool kFlags>
+// sequence. With flags, `carry` [B, width] holds what passes a padded step by, or a step whose h is kept by zoneout; it
+// begins as the gradient of h_n.
+template <typename Real, Flags kFlags>
 struct HiddenGradient {
   Storage storage;
   Clock clock;
@@ -130,8 +178,25 @@ struct HiddenGradient {
   int64_t grad_y_stride_t, grad_y_stride_b;
   Real* last;   // [B, width]: gradient of h_n, or null
   Real* carry;  // [B, width] with flags, else null
+  // With kWithOptions.
+  const LayerOptions* options;
+  PreviousHidden<kFlags> previous;
+  Real* mask;    // [B, width]: h_mask, or null
+  Real* dmask;   // [B, width]: the sums of its gradient, or null
+  Real* dreset;  // [B, width]: the sums of that of the one reset state, or null
 
   static int64_t width(int64_t P) { return tape_width(P); }
+
+  struct SourceOptions {
+    Zoneout<Real> zoneout;
+    Real clip;  // 0: none
+    const Real* mask;
+    Real *dmask, *dreset;
+    void* dreset_step;  // the next step's own row of the user's [T, B, P], or null
+    int64_t dreset_stride;
+    const PreviousHidden<kFlags>* previous;
+    int64_t next_time, row, column;
+  };
 
   struct Source {
     Storage storage;
@@ -140,9 +205,29 @@ struct HiddenGradient {
     const Real* last;
     Real* carry;
     const uint8_t *flags, *next_flags;
+    WithOptions<kFlags, SourceOptions> extra;
 
     // At the step itself.
     FASTSEQ_INLINE Vec<Real> at_step(int r, int v, Vec<Real> recurrent) const {
+      if constexpr (kFlags == kWithOptions)
+        return at_step_apart(r, v, recurrent);
+      else
+        return total_at_step(r, v, recurrent);
+    }
+    // Of the state that the next step (in processing order) read, before any padding or y is looked at.
+    FASTSEQ_INLINE Vec<Real> before_step(int r, int v, Vec<Real> recurrent) const {
+      if (!kFlags) return recurrent;
+      if constexpr (kFlags == kWithOptions) return before_step_with_options(r, v, recurrent);
+      const Vec<Real> through = next_flags && next_flags[r] & kFlagReset ? zero<Real>() : recurrent;
+      return through + load(carry + r * width + v * kLanes<Real>);
+    }
+
+   private:
+    // Out of line where it is long, or it would be copied into every tile for each of its vectors.
+    __attribute__((noinline)) Vec<Real> at_step_apart(int r, int v, Vec<Real> recurrent) const {
+      return total_at_step(r, v, recurrent);
+    }
+    FASTSEQ_INLINE Vec<Real> total_at_step(int r, int v, Vec<Real> recurrent) const {
       const int inside = lanes_inside<Real>(columns, v * kLanes<Real>);
       Vec<Real> total = recurrent;
       if (kFlags) {
@@ -158,13 +243,39 @@ struct HiddenGradient {
       }
       if (grad_y && inside > 0)
         total = total + load_as<Real>(storage, grad_y, r * grad_y_stride + v * kLanes<Real>, inside);
+      if constexpr (kFlags == kWithOptions) {
+        if (extra.clip > 0) total = clipped<Real>(total, extra.clip);
+        if (extra.zoneout.is_on()) {
+          Vec<Real> old = total;
+          extra.zoneout.share(r, v, &old, &total);
+          store(carry + r * width + v * kLanes<Real>, old);
+        }
+      }
       return total;
     }
-    // Of the state that the next step (in processing order) read, before any padding or y is looked at.
-    FASTSEQ_INLINE Vec<Real> before_step(int r, int v, Vec<Real> recurrent) const {
-      if (!kFlags) return recurrent;
-      const Vec<Real> through = next_flags && next_flags[r] & kFlagReset ? zero<Real>() : recurrent;
-      return through + load(carry + r * width + v * kLanes<Real>);
+    __attribute__((noinline)) Vec<Real> before_step_with_options(int r, int v, Vec<Real> recurrent) const {
+      const int64_t column = v * kLanes<Real>, cell = r * width + column;
+      Vec<Real> through = recurrent;
+      if (extra.mask && next_flags) {
+        if (extra.dmask) add_mask_gradient(r, column, recurrent);
+        through = through * load(extra.mask + cell);
+      }
+      through = through + load(carry + cell);
+      if (next_flags && next_flags[r] & kFlagReset) {
+        if (extra.dreset) store(extra.dreset + cell, load(extra.dreset + cell) + through);
+        const int inside = lanes_inside<Real>(columns, column);
+        if (extra.dreset_step && inside > 0)
+          store_as<Real>(storage, extra.dreset_step, r * extra.dreset_stride + column, through, inside);
+        through = zero<Real>();
+      }
+      return through;
+    }
+    FASTSEQ_INLINE void add_mask_gradient(int r, int64_t column, Vec<Real> recurrent) const {
+      const void* h = (*extra.previous)(extra.next_time, extra.row + r);
+      const int inside = lanes_inside<Real>(columns, column);
+      if (!h || inside <= 0) return;
+      Real* sum = extra.dmask + r * width + column;
+      store(sum, fma(recurrent, load_as<Real>(storage, h, extra.column + column, inside), load(sum)));
     }
   };
   // step == -1: the gradient of h0.
@@ -181,12 +292,27 @@ struct HiddenGradient {
     s.carry = carry ? carry + row * width(P) + column : nullptr;
     s.flags = kFlags && step >= 0 ? flags + t * B + row : nullptr;
     s.next_flags = kFlags && step + 1 < clock.T ? flags + clock.time(step + 1) * B + row : nullptr;
+    if constexpr (kFlags == kWithOptions) {
+      const int64_t of_tile = row * width(P) + column, next = s.next_flags ? clock.time(step + 1) : 0;
+      s.extra.zoneout =
+          zoneout_at<Real>(step >= 0 ? options->zoneout_h : nullptr, options->zoneout_h_rate, t * B + row, column, P);
+      s.extra.clip = static_cast<Real>(options->grad_clip);
+      s.extra.mask = mask ? mask + of_tile : nullptr;
+      s.extra.dmask = dmask ? dmask + of_tile : nullptr;
+      s.extra.dreset = dreset ? dreset + of_tile : nullptr;
+      s.extra.dreset_step = options->dh_reset && options->h_reset_per_step
+                                ? at(options->dh_reset, storage, (next * B + row) * P + column)
+                                : nullptr;
+      s.extra.dreset_stride = P;
+      s.extra.previous = &previous;
+      s.extra.next_time = next, s.extra.row = row, s.extra.column = column;
+    }
     return s;
   }
 };
 
 // dL/dh_t of the projected h, kept for every step: the cell's derivative and the projection's weight gradient read it.
-template <typename Real, bool kFlags>
+template <typename Real, Flags kFlags>
 struct HiddenGradOp {
   typename HiddenGradient<Real, kFlags>::Source source;
   Real* dh;
@@ -200,7 +326,7 @@ struct HiddenGradOp {
 };
 
 // dL/dh_0: the last product of the reverse loop, straight to the user's storage.
-template <typename Real, bool kFlags>
+template <typename Real, Flags kFlags>
 struct InitialHiddenGradOp {
   typename HiddenGradient<Real, kFlags>::Source source;
   Storage storage;
@@ -213,14 +339,14 @@ struct InitialHiddenGradOp {
     for (int r = 0; r < kRows; ++r) FASTSEQ_UNROLL
     for (int v = 0; v < kVectors; ++v) {
       const int inside = lanes_inside<Real>(source.columns, v * kLanes<Real>);
-      if (inside > 0)
-        store_as<Real>(storage, dh0, r * stride + v * kLanes<Real>, source.before_step(r, v, acc[r][v]), inside);
+      const Vec<Real> dh = source.before_step(r, v, acc[r][v]);  // also where only the options' gradients are wanted
+      if (inside > 0 && dh0) store_as<Real>(storage, dh0, r * stride + v * kLanes<Real>, dh, inside);
     }
   }
 };
 
 // The LSTM's projection: h is the product itself.
-template <typename Real, bool kFlags>
+template <typename Real, Flags kFlags>
 struct ProjectedHiddenOp {
   typename HiddenState<Real, kFlags>::Sink sink;
 
@@ -228,7 +354,12 @@ struct ProjectedHiddenOp {
   FASTSEQ_INLINE void finish(const Vec<Real> (&acc)[kRows][kVectors]) const {
     FASTSEQ_UNROLL
     for (int r = 0; r < kRows; ++r) FASTSEQ_UNROLL
-    for (int v = 0; v < kVectors; ++v) sink.put(r, v, acc[r][v]);
+    for (int v = 0; v < kVectors; ++v) {
+      if constexpr (kFlags == kWithOptions)
+        sink.put_apart(r, v, acc[r][v]);
+      else
+        sink.put(r, v, acc[r][v]);
+    }
   }
 };
 

@@ -13,12 +13,19 @@
 namespace fastseq {
 namespace {
 
-template <template <typename, typename, bool> class Kernel, typename Cell, typename Params>
-void dispatch(const Params& p) {
-  if (p.storage == Storage::kFloat64)
-    p.flags ? launch<Kernel<Cell, double, true>>(p) : launch<Kernel<Cell, double, false>>(p);
+template <template <typename, typename, Flags> class Kernel, typename Cell, typename Real, typename Params>
+void dispatch_flags(const Params& p) {
+  if (p.options)
+    launch<Kernel<Cell, Real, kWithOptions>>(p);
+  else if (p.flags)
+    launch<Kernel<Cell, Real, kWithFlags>>(p);
   else
-    p.flags ? launch<Kernel<Cell, float, true>>(p) : launch<Kernel<Cell, float, false>>(p);
+    launch<Kernel<Cell, Real, kNoFlags>>(p);
+}
+
+template <template <typename, typename, Flags> class Kernel, typename Cell, typename Params>
+void dispatch(const Params& p) {
+  p.storage == Storage::kFloat64 ? dispatch_flags<Kernel, Cell, double>(p) : dispatch_flags<Kernel, Cell, float>(p);
 }
 
 inline void cluster(const ClusterParams& p) {

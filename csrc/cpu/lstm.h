@@ -2,6 +2,9 @@
 //
 //   i, f, o = logistic(.), g = tanh(.), c_t = f c_{t-1} + i g, h_t = o tanh(c_t)        (Hochreiter & Schmidhuber 1997,
 //   Gers et al. 2000)
+//
+// Its options are peepholes, a clip and zoneout of c. The tape keeps c as it is carried; what the output gate saw of it
+// before zoneout follows from the gates.
 #pragma once
 
 #include "hidden.h"
@@ -11,7 +14,52 @@ namespace {
 
 enum Gate { kInput = 0, kForget = 1, kCell = 2, kOutput = 3, kGates = 4 };
 
-template <typename Real, bool kFlags>
+// What is added to the cell of a tile, at the tile's first row and column.
+template <typename Real>
+struct CellOptions {
+  const Real* peephole;  // rows of i, f, o, or null
+  int64_t peephole_stride;
+  Real clip;  // 0: none
+  Zoneout<Real> zoneout;
+  Rows<Real> reset;
+
+  FASTSEQ_INLINE Vec<Real> peep(int row, int v) const {
+    return load(peephole + row * peephole_stride + v * kLanes<Real>);
+  }
+};
+
+// Of the tile at `row` and `column`, at time t. peephole: [3, width], or null.
+template <typename Real>
+FASTSEQ_INLINE CellOptions<Real> cell_options(const LayerOptions& options, Storage storage, const Real* peephole,
+                                              int64_t width, int64_t t, int64_t B, int64_t H, int64_t row,
+                                              int64_t column) {
+  return {peephole ? peephole + column : nullptr, width, static_cast<Real>(options.cell_clip),
+          zoneout_at<Real>(options.zoneout_c, options.zoneout_c_rate, t * B + row, column, H),
+          reset_rows<Real>(options.c_reset, options.c_reset_per_step, storage, t, B, H, row, column)};
+}
+
+// The activated gates of a row and c_t before zoneout, from the sums before activation.
+template <typename Real, Flags kFlags>
+FASTSEQ_INLINE Vec<Real> lstm_gates(Vec<Real> (&z)[kGates], Vec<Real> before,
+                                    const WithOptions<kFlags, CellOptions<Real>>& extra) {
+  if constexpr (kFlags == kWithOptions)
+    if (extra.peephole) {
+      z[kInput] = fma(extra.peep(0, 0), before, z[kInput]);
+      z[kForget] = fma(extra.peep(1, 0), before, z[kForget]);
+    }
+  z[kInput] = logistic<Real>(z[kInput]);
+  z[kForget] = logistic<Real>(z[kForget]);
+  z[kCell] = tanh<Real>(z[kCell]);
+  Vec<Real> now = fma(z[kForget], before, z[kInput] * z[kCell]);
+  if constexpr (kFlags == kWithOptions) {
+    if (extra.clip > 0) now = clipped<Real>(now, extra.clip);
+    if (extra.peephole) z[kOutput] = fma(extra.peep(2, 0), now, z[kOutput]);
+  }
+  z[kOutput] = logistic<Real>(z[kOutput]);
+  return now;
+}
+
+template <typename Real, Flags kFlags>
 struct LstmCellOp {
   using Sink = typename HiddenState<Real, kFlags>::Sink;
   const Real* preactivation;
@@ -23,40 +71,93 @@ struct LstmCellOp {
   Real* unprojected;  // o tanh(c) for the projection to read, or null: then `sink` takes it as h
   Sink sink;
   const uint8_t* flags;
+  WithOptions<kFlags, CellOptions<Real>> extra;
 
   template <int kRows, int kVectors>
   FASTSEQ_INLINE void finish(const Vec<Real> (&acc)[kRows][kVectors]) const {
     static_assert(kVectors == kGates, "an LSTM panel is four gates of one vector of units");
     FASTSEQ_UNROLL
     for (int r = 0; r < kRows; ++r) {
-      const Real* from = preactivation + r * gates_stride;
-      const Vec<Real> i = logistic<Real>(acc[r][kInput] + load(from + kInput * gate_stride));
-      const Vec<Real> f = logistic<Real>(acc[r][kForget] + load(from + kForget * gate_stride));
-      const Vec<Real> g = tanh<Real>(acc[r][kCell] + load(from + kCell * gate_stride));
-      const Vec<Real> o = logistic<Real>(acc[r][kOutput] + load(from + kOutput * gate_stride));
-      Vec<Real> before = load(c_before + r * c_stride);
-      if (kFlags && flags[r] & kFlagReset) before = zero<Real>();
-      Vec<Real> now = fma(f, before, i * g);
-      const Vec<Real> h = o * tanh<Real>(now);
-      if (kFlags && flags[r] & kFlagPadding) now = before;
-      store(c + r * c_stride, now);
-      if (gates) {
-        Real* to = gates + r * gates_stride;
-        store(to + kInput * gate_stride, i);
-        store(to + kForget * gate_stride, f);
-        store(to + kCell * gate_stride, g);
-        store(to + kOutput * gate_stride, o);
-      }
-      if (unprojected)
-        store(unprojected + r * c_stride, h);
+      if constexpr (kFlags == kWithOptions)
+        row_apart(r, acc[r][kInput], acc[r][kForget], acc[r][kCell], acc[r][kOutput]);
       else
-        sink.put(r, 0, h);
+        row(r, acc[r][kInput], acc[r][kForget], acc[r][kCell], acc[r][kOutput]);
     }
+  }
+
+ private:
+  // Out of line where it is long, or it would be copied into every tile as often as the tile has rows.
+  __attribute__((noinline)) void row_apart(int r, Vec<Real> i, Vec<Real> f, Vec<Real> g, Vec<Real> o) const {
+    row(r, i, f, g, o);
+  }
+  FASTSEQ_INLINE void row(int r, Vec<Real> i, Vec<Real> f, Vec<Real> g, Vec<Real> o) const {
+    const Real* from = preactivation + r * gates_stride;
+    Vec<Real> z[kGates] = {i, f, g, o};
+    FASTSEQ_UNROLL
+    for (int gate = 0; gate < kGates; ++gate) z[gate] = z[gate] + load(from + gate * gate_stride);
+    Vec<Real> before = load(c_before + r * c_stride);
+    if (kFlags && flags[r] & kFlagReset) before = state_at_reset(r);
+    Vec<Real> now = lstm_gates<Real, kFlags>(z, before, extra);
+    const Vec<Real> h = z[kOutput] * tanh<Real>(now);
+    if constexpr (kFlags == kWithOptions)
+      if (extra.zoneout.is_on()) now = extra.zoneout.mix(r, 0, before, now);
+    if (kFlags && flags[r] & kFlagPadding) now = before;
+    store(c + r * c_stride, now);
+    if (gates) {
+      Real* to = gates + r * gates_stride;
+      FASTSEQ_UNROLL
+      for (int gate = 0; gate < kGates; ++gate) store(to + gate * gate_stride, z[gate]);
+    }
+    if (unprojected)
+      store(unprojected + r * c_stride, h);
+    else
+      sink.put(r, 0, h);
+  }
+  FASTSEQ_INLINE Vec<Real> state_at_reset([[maybe_unused]] int r) const {
+    if constexpr (kFlags == kWithOptions)
+      if (extra.reset.data) return extra.reset.load(r, 0);
+    return zero<Real>();
   }
 };
 
+// The gates of a chunk of time made again: its rows are independent, since h_{t-1} and c_{t-1} are known.
+template <typename Real>
+struct LstmGatesOp {
+  Real* gates;  // in: the projected input; out: the gates
+  int64_t gates_stride, gate_stride;
+  const Real* c_before;  // rows of this tile, or null without peepholes
+  int64_t c_stride;
+  CellOptions<Real> extra;
+
+  template <int kRows, int kVectors>
+  FASTSEQ_INLINE void finish(const Vec<Real> (&acc)[kRows][kVectors]) const {
+    FASTSEQ_UNROLL
+    for (int r = 0; r < kRows; ++r) row(r, acc[r][kInput], acc[r][kForget], acc[r][kCell], acc[r][kOutput]);
+  }
+
+ private:
+  __attribute__((noinline)) void row(int r, Vec<Real> i, Vec<Real> f, Vec<Real> g, Vec<Real> o) const {
+    Real* to = gates + r * gates_stride;
+    Vec<Real> z[kGates] = {i, f, g, o};
+    FASTSEQ_UNROLL
+    for (int gate = 0; gate < kGates; ++gate) z[gate] = z[gate] + load(to + gate * gate_stride);
+    lstm_gates<Real, kWithOptions>(z, c_before ? load(c_before + r * c_stride) : zero<Real>(), extra);
+    FASTSEQ_UNROLL
+    for (int gate = 0; gate < kGates; ++gate) store(to + gate * gate_stride, z[gate]);
+  }
+};
+
+// What the derivative of a tile's cell needs beyond CellOptions.
+template <typename Real>
+struct CellGradOptions : CellOptions<Real> {
+  const Real *grad_c, *grad_gates;  // that arrive at the tape, laid out as it, or null
+  Real* dpeephole;                  // this batch tile's sums, rows peephole_stride apart, or null
+  Real* dreset;                     // [B, width]: the sums of dL/dc_reset where there is one for all steps, or null
+  void* dreset_step;                // this step's own row of it, in the user's storage, or null
+};
+
 // The derivative of the cell: from dL/dh_t in the accumulators to the gradients of the four gates before activation.
-template <typename Real, bool kFlags>
+template <typename Real, Flags kFlags>
 struct LstmCellGradOp {
   using Source = typename HiddenGradient<Real, kFlags>::Source;
   bool projected;  // the accumulators hold dL/d(o tanh c) already; else `source` completes dL/dh_t
@@ -70,9 +171,11 @@ struct LstmCellGradOp {
   Real* db;           // this batch tile's sums, gate_stride apart, or null
   Real* unprojected;  // o tanh(c) for the projection's weight gradient, or null
   const uint8_t* flags;
+  WithOptions<kFlags, CellGradOptions<Real>> extra;
 
   template <int kRows, int kVectors>
   FASTSEQ_INLINE void finish(const Vec<Real> (&acc)[kRows][kVectors]) const {
+    if constexpr (kFlags == kWithOptions) return finish_with_options(acc);
     FASTSEQ_UNROLL
     for (int v = 0; v < kVectors; ++v) {
       Vec<Real> sums[kGates] = {zero<Real>(), zero<Real>(), zero<Real>(), zero<Real>()};
@@ -118,6 +221,85 @@ struct LstmCellGradOp {
         }
       }
     }
+  }
+
+ private:
+  template <int kRows, int kVectors>
+  FASTSEQ_INLINE void finish_with_options(const Vec<Real> (&acc)[kRows][kVectors]) const {
+    FASTSEQ_UNROLL
+    for (int v = 0; v < kVectors; ++v) FASTSEQ_UNROLL
+    for (int r = 0; r < kRows; ++r) row_with_options(r, v, acc[r][v]);
+  }
+  __attribute__((noinline)) void row_with_options(int r, int v, Vec<Real> recurrent) const {
+    const int64_t column = v * kLanes<Real>, cell = r * c_stride + column;
+    const Real* from = gates + r * gates_stride + column;
+    const Vec<Real> i = load(from + kInput * gate_stride), f = load(from + kForget * gate_stride);
+    const Vec<Real> g = load(from + kCell * gate_stride), o = load(from + kOutput * gate_stride);
+    const bool reset = flags[r] & kFlagReset, padding = flags[r] & kFlagPadding;
+    Vec<Real> before = load(c_before + cell);
+    if (reset) before = extra.reset.data ? extra.reset.load(r, v) : zero<Real>();
+    const Vec<Real> whole = fma(f, before, i * g);  // as the forward made it
+    const Vec<Real> seen = extra.clip > 0 ? clipped<Real>(whole, extra.clip) : whole;
+    const Vec<Real> tanh_c = tanh<Real>(seen);
+    const Vec<Real> dh = projected ? recurrent : source.at_step(r, v, recurrent);
+    if (unprojected) store(unprojected + cell, o * tanh_c);
+
+    Vec<Real> d_carried = load(dc + cell);
+    if (extra.grad_c) d_carried = d_carried + load(extra.grad_c + cell);
+    Vec<Real> gradients[kGates] = {zero<Real>(), zero<Real>(), zero<Real>(), zero<Real>()};
+    if (!padding) {
+      Vec<Real> d_old = d_carried, d_fresh = d_carried;
+      if (extra.zoneout.is_on())
+        extra.zoneout.share(r, v, &d_old, &d_fresh);
+      else
+        d_old = zero<Real>();
+      const Vec<Real> dh_o = dh * o;
+      Vec<Real> d = d_fresh + fma(-(dh_o * tanh_c), tanh_c, dh_o);
+      Vec<Real> arrived[kGates] = {zero<Real>(), zero<Real>(), zero<Real>(), zero<Real>()};
+      if (extra.grad_gates) {
+        FASTSEQ_UNROLL
+        for (int gate = 0; gate < kGates; ++gate)
+          arrived[gate] = load(extra.grad_gates + r * gates_stride + column + gate * gate_stride);
+      }
+      gradients[kOutput] = fma(dh, tanh_c, arrived[kOutput]) * fma(-o, o, o);
+      if (extra.peephole) d = fma(extra.peep(2, v), gradients[kOutput], d);
+      if (extra.clip > 0) d = magnitude<Real>(whole) > broadcast(extra.clip) ? zero<Real>() : d;
+      gradients[kInput] = fma(d, g, arrived[kInput]) * fma(-i, i, i);
+      gradients[kForget] = fma(d, before, arrived[kForget]) * fma(-f, f, f);
+      const Vec<Real> d_g = fma(d, i, arrived[kCell]);
+      gradients[kCell] = fma(-(d_g * g), g, d_g);
+      d_carried = fma(d, f, d_old);
+      if (extra.peephole) {
+        d_carried = fma(extra.peep(0, v), gradients[kInput], d_carried);
+        d_carried = fma(extra.peep(1, v), gradients[kForget], d_carried);
+        if (extra.dpeephole) {
+          add_to_peephole(0, column, gradients[kInput] * before);
+          add_to_peephole(1, column, gradients[kForget] * before);
+          add_to_peephole(2, column, gradients[kOutput] * seen);
+        }
+      }
+    }
+    if (reset) {
+      if (extra.dreset) store(extra.dreset + cell, load(extra.dreset + cell) + d_carried);
+      const int inside = lanes_inside<Real>(extra.reset.width, column);
+      if (extra.dreset_step && inside > 0)
+        store_as<Real>(extra.reset.storage, extra.dreset_step, r * extra.reset.stride + column, d_carried, inside);
+      d_carried = zero<Real>();
+    }
+    store(dc + cell, d_carried);
+    Real* to = dgates + r * gates_stride + column;
+    FASTSEQ_UNROLL
+    for (int gate = 0; gate < kGates; ++gate) {
+      store(to + gate * gate_stride, gradients[gate]);
+      if (db) {
+        Real* sum = db + gate * gate_stride + column;
+        store(sum, load(sum) + gradients[gate]);
+      }
+    }
+  }
+  FASTSEQ_INLINE void add_to_peephole(int row, int64_t column, Vec<Real> value) const {
+    Real* sum = extra.dpeephole + row * extra.peephole_stride + column;
+    store(sum, load(sum) + value);
   }
 };
 

@@ -13,7 +13,7 @@ enum class Storage : int { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 =
 enum class Activation : int { kTanh = 0, kRelu = 1, kLogistic = 2 };
 
 // Bits of a step flag, uint8 [T, B]: see fastseq/ops/flags.py.
-constexpr uint8_t kFlagReset = 1;    // take the zero state before this step
+constexpr uint8_t kFlagReset = 1;    // take the reset state (zero, unless there is one) before this step
 constexpr uint8_t kFlagPadding = 2;  // carry the state, emit zeros
 
 // Tape layout, the same for every instruction set: hidden sizes rounded up to 16, and 16 columns more behind
@@ -22,6 +22,26 @@ constexpr int64_t kTapeAlign = 16;
 constexpr int64_t kTapePad = 16;
 inline int64_t tape_width(int64_t hidden) { return (hidden + kTapeAlign - 1) / kTapeAlign * kTapeAlign; }
 inline int64_t gates_width(int64_t hidden, int64_t gates) { return gates * tape_width(hidden) + kTapePad; }
+
+// What a call asks for beyond the plain layer and step flags; fastseq/reference/lstm.py has the formulas. What is null
+// or zero is not asked for.
+struct LayerOptions {
+  // In the user's storage.
+  const void *h_reset, *c_reset;            // [1 or T, B, P], [1 or T, B, H]: what a step with kFlagReset takes
+  bool h_reset_per_step, c_reset_per_step;  // T rows of it rather than one
+  const void* h_mask;                       // [B, P]: multiplies h_{t-1} before the recurrent product
+  const uint8_t *zoneout_h, *zoneout_c;     // bool [T, B, P], [T, B, H]: 1 keeps the old value
+  double zoneout_h_rate, zoneout_c_rate;
+  const void* peephole;  // [3, H]: of i, f, o
+  double cell_clip;
+  // Of the backward alone.
+  double grad_clip;
+  const void *grad_c, *grad_gates;                  // gradients that arrive at the tape, of its shapes and type
+  bool recompute;                                   // make the gates again from y and c, since the forward kept none
+  const void *b_ih, *b_hh;                          // [GH], for that
+  void *dh_reset, *dc_reset, *dh_mask, *dpeephole;  // results like their inputs; rows of dh_reset and dc_reset that no
+                                                    // step takes are left alone
+};
 
 // One layer in one direction: an LSTM, or an Elman layer (`activation`, no c, no w_hr).
 struct ForwardParams {
@@ -35,6 +55,7 @@ struct ForwardParams {
   bool reverse;
   void *y, *h_n, *c_n;  // [T, B, P], [B, P], [B, H]
   void *c, *gates;  // tape [T, B, tape_width] and [T, B, gates_width] in arithmetic type, or null; Elman: f'(a), no c
+  const LayerOptions* options;  // or null
   int threads;
 };
 
@@ -47,10 +68,11 @@ struct BackwardParams {
   const void *x, *h0, *c0, *w_ih, *w_hh, *w_hr;
   const uint8_t* flags;
   bool reverse;
-  const void *y, *c, *gates;
-  void* dgates;                      // [T, B, gates_width]; may be `gates` itself
+  const void *y, *c, *gates;         // gates null when they are made again
+  void* dgates;                      // [T, B, gates_width]; may be `gates` itself, and is null where that is
   void *dx, *dh0, *dc0;              // each may be null: not asked for
   void *dw_ih, *dw_hh, *db, *dw_hr;  // likewise
+  const LayerOptions* options;       // or null
   int threads;
 };
 

@@ -14,7 +14,7 @@
 namespace fastseq {
 namespace {
 
-template <typename Cell, typename Real, bool kFlags>
+template <typename Cell, typename Real, Flags kFlags>
 class RecurrentForward {
  public:
   explicit RecurrentForward(const ForwardParams& p)
@@ -42,17 +42,36 @@ class RecurrentForward {
     const int64_t staged = chunk_ * B * p_.I;
     staged_stride_ = InputProjection<Real>::needs_staging(p_.storage, B, p_.x_stride_t, p_.x_stride_b) ? staged : 0;
     staged_ = staged_stride_ ? carver.take<Real>(threads_ * staged_stride_) : nullptr;
-    hidden_ = {p_.storage,        clock_, B, p_.P, p_.flags, p_.y, carver.take<Real>(B * tape_width(p_.P)),
+    flags_ = kFlags == kWithOptions&& !p_.flags ? no_flags_ = carver.take<uint8_t>(p_.T * B) : p_.flags;
+    hidden_ = {p_.storage,
+               clock_,
+               B,
+               p_.P,
+               flags_,
+               p_.y,
+               carver.take<Real>(B * tape_width(p_.P)),
+               {nullptr, nullptr},
+               p_.options,
+               nullptr,
                {nullptr, nullptr}};
     if (hidden_.needs_slots(p_.storage))
       for (Real*& slot : hidden_.slots) slot = carver.take<Real>(B * hidden_.width());
+    if (kFlags == kWithOptions) {
+      if (p_.options->h_mask) {
+        hidden_.mask = carver.take<Real>(B * hidden_.width());
+        for (Real*& slot : hidden_.masked) slot = carver.take<Real>(B * hidden_.width());
+      }
+      if (p_.options->peephole) peephole_ = carver.take<Real>(3 * width_);
+    }
     progress_stride_ = round_up(batch_.count(), 8);
     progress_ = carver.take<int64_t>(threads_ * progress_stride_);
   }
 
   void prepare() {
     memset(progress_, 0, static_cast<size_t>(threads_ * progress_stride_) * sizeof(int64_t));
+    if (no_flags_) memset(no_flags_, 0, static_cast<size_t>(p_.T * p_.B));
     hidden_.prepare(p_.h0);
+    if (peephole_) load_rows<Real>(p_.storage, p_.options->peephole, p_.H, peephole_, width_, 3, p_.H);
     if (Cell::kHasC) load_rows<Real>(p_.storage, p_.c0, p_.H, c_, width_, p_.B, p_.H);
     for (int64_t gate = 0; gate < Cell::kGates; ++gate) {
       Real* to = bias_ + gate * width_;
@@ -134,16 +153,19 @@ class RecurrentForward {
                                 chain_for<Real>(p_.H)};
     Real* preactivation = gates(t, begin) + row * gates_stride_ + column;
     if constexpr (Cell::kHasC) {
-      const LstmCellOp<Real, kFlags> op{preactivation,
-                                        p_.gates ? preactivation : nullptr,
-                                        gates_stride_,
-                                        width_,
-                                        c_at(step - 1) + row * width_ + column,
-                                        c_at(step) + row * width_ + column,
-                                        width_,
-                                        unprojected_ ? unprojected_ + row * width_ + column : nullptr,
-                                        unprojected_ ? Sink{} : hidden_.sink(step, row, column),
-                                        kFlags ? p_.flags + t * p_.B + row : nullptr};
+      LstmCellOp<Real, kFlags> op{preactivation,
+                                  p_.gates ? preactivation : nullptr,
+                                  gates_stride_,
+                                  width_,
+                                  c_at(step - 1) + row * width_ + column,
+                                  c_at(step) + row * width_ + column,
+                                  width_,
+                                  unprojected_ ? unprojected_ + row * width_ + column : nullptr,
+                                  unprojected_ ? Sink{} : hidden_.sink(step, row, column),
+                                  kFlags ? flags_ + t * p_.B + row : nullptr,
+                                  {}};
+      if constexpr (kFlags == kWithOptions)
+        op.extra = cell_options<Real>(*p_.options, p_.storage, peephole_, width_, t, p_.B, p_.H, row, column);
       Cell::template run<Chains::kSide, Real>(batch_.height(tile), panel, op, product);
     } else {
       const ElmanCellOp<Real, kFlags> op{p_.activation, preactivation, p_.gates ? preactivation : nullptr,
@@ -169,11 +191,14 @@ class RecurrentForward {
   Real *gates_ = nullptr, *staged_ = nullptr;
   int64_t staged_stride_ = 0, progress_stride_ = 0;
   int64_t* progress_ = nullptr;
+  const uint8_t* flags_ = nullptr;
+  uint8_t* no_flags_ = nullptr;  // zeros, where there are options and no flags
+  Real* peephole_ = nullptr;
   HiddenState<Real, kFlags> hidden_{};
   Barrier barrier_;
 };
 
-template <typename Cell, typename Real, bool kFlags>
+template <typename Cell, typename Real, Flags kFlags>
 class RecurrentBackward {
  public:
   explicit RecurrentBackward(const BackwardParams& p)
@@ -194,13 +219,36 @@ class RecurrentBackward {
     r_ = carver.take<Real>(K * out_vectors_ * n);
     dc_ = Cell::kHasC ? carver.take<Real>(B * width_) : nullptr;
     c0_ = Cell::kHasC ? carver.take<Real>(B * width_) : nullptr;
-    hidden_ = {p_.storage,         clock_,  B,      p_.P, p_.flags, p_.grad_y, p_.grad_y_stride_t,
-               p_.grad_y_stride_b, nullptr, nullptr};
+    flags_ = kFlags == kWithOptions&& !p_.flags ? no_flags_ = carver.take<uint8_t>(T * B) : p_.flags;
+    hidden_ = {p_.storage,
+               clock_,
+               B,
+               p_.P,
+               flags_,
+               p_.grad_y,
+               p_.grad_y_stride_t,
+               p_.grad_y_stride_b,
+               nullptr,
+               nullptr,
+               p_.options,
+               previous_hidden(),
+               nullptr,
+               nullptr,
+               nullptr};
     const int64_t hidden = B * hidden_.width(p_.P);
     if (kFlags)
       hidden_.carry = carver.take<Real>(hidden);
     else if (p_.grad_h_n)
       hidden_.last = carver.take<Real>(hidden);
+    if (kFlags == kWithOptions) {
+      const LayerOptions& options = *p_.options;
+      if (options.h_mask) hidden_.mask = carver.take<Real>(hidden);
+      if (options.dh_mask) hidden_.dmask = carver.take<Real>(hidden);
+      if (options.dh_reset && !options.h_reset_per_step) hidden_.dreset = carver.take<Real>(hidden);
+      if (options.dc_reset && !options.c_reset_per_step) dc_reset_ = carver.take<Real>(B * width_);
+      if (options.peephole) peephole_ = carver.take<Real>(3 * width_);
+      if (options.dpeephole) dpeephole_ = carver.take<Real>(batch_.count() * 3 * width_);
+    }
     if (p_.w_hr) {
       w_hr_ = carver.take<Real>(p_.P * width_);
       dh_ = carver.take<Real>(T * B * dh_stride_);
@@ -234,6 +282,7 @@ class RecurrentBackward {
     if (Real* last = kFlags ? hidden_.carry : hidden_.last)
       load_rows<Real>(p_.storage, p_.grad_h_n, p_.P, last, hidden_.width(p_.P), p_.B, p_.P);
     if (db_) memset(db_, 0, static_cast<size_t>(batch_.count() * Cell::kGates * width_) * sizeof(Real));
+    if (kFlags == kWithOptions) prepare_options();
   }
 
   void work(int thread, int threads) {
@@ -266,8 +315,7 @@ class RecurrentBackward {
     gradient.run(
         panels_, packed, thread, threads, barrier_,
         row_source(p_.storage, p_.I, InputRows{p_.storage, p_.x, p_.x_stride_t, p_.x_stride_b}, p_.dw_ih, sums_ih_),
-        row_source(p_.storage, p_.P, PreviousHidden<kFlags>{p_.storage, clock_, p_.B, p_.P, p_.flags, p_.y, p_.h0},
-                   p_.dw_hh, sums_hh_));
+        row_source(p_.storage, p_.P, previous_hidden(), p_.dw_hh, sums_hh_, hidden_.mask, hidden_.width(p_.P)));
     if (p_.w_hr) {
       constexpr Storage kPlain = sizeof(Real) == 8 ? Storage::kFloat64 : Storage::kFloat32;
       const WeightGradient<Real> projection{
@@ -281,10 +329,34 @@ class RecurrentBackward {
   void finish() const {
     if (Cell::kHasC && p_.dc0) store_rows<Real>(p_.storage, dc_, width_, p_.dc0, p_.H, p_.B, p_.H);
     if (db_) store_bias_gradient<Real>(p_.storage, db_, batch_.count(), Cell::kGates, p_.H, width_, p_.db);
+    if (kFlags == kWithOptions) {
+      const LayerOptions& options = *p_.options;
+      const int64_t width = hidden_.width(p_.P);
+      if (hidden_.dmask) store_rows<Real>(p_.storage, hidden_.dmask, width, options.dh_mask, p_.P, p_.B, p_.P);
+      if (hidden_.dreset) store_rows<Real>(p_.storage, hidden_.dreset, width, options.dh_reset, p_.P, p_.B, p_.P);
+      if (dc_reset_) store_rows<Real>(p_.storage, dc_reset_, width_, options.dc_reset, p_.H, p_.B, p_.H);
+      if (dpeephole_)
+        store_bias_gradient<Real>(p_.storage, dpeephole_, batch_.count(), 3, p_.H, width_, options.dpeephole);
+    }
   }
 
  private:
   bool weights() const { return p_.dw_hh != nullptr; }
+  PreviousHidden<kFlags> previous_hidden() const {
+    return {p_.storage, clock_, p_.B, p_.P, flags_, p_.y, p_.h0, p_.options};
+  }
+
+  void prepare_options() {
+    const LayerOptions& options = *p_.options;
+    const size_t hidden = static_cast<size_t>(p_.B * hidden_.width(p_.P)) * sizeof(Real);
+    if (no_flags_) memset(no_flags_, 0, static_cast<size_t>(p_.T * p_.B));
+    if (hidden_.mask) load_rows<Real>(p_.storage, options.h_mask, p_.P, hidden_.mask, hidden_.width(p_.P), p_.B, p_.P);
+    if (hidden_.dmask) memset(hidden_.dmask, 0, hidden);
+    if (hidden_.dreset) memset(hidden_.dreset, 0, hidden);
+    if (dc_reset_) memset(dc_reset_, 0, static_cast<size_t>(p_.B * width_) * sizeof(Real));
+    if (peephole_) load_rows<Real>(p_.storage, options.peephole, p_.H, peephole_, width_, 3, p_.H);
+    if (dpeephole_) memset(dpeephole_, 0, static_cast<size_t>(batch_.count() * 3 * width_) * sizeof(Real));
+  }
 
   void through_time(const Team& team) const {
     const Range outs = team.slice(out_vectors_), units = team.slice(vectors_);
@@ -295,7 +367,8 @@ class RecurrentBackward {
                    [&](const Panel& panel, int64_t tile) { hidden(step, panel, tile); });
       team.sweep(phase++, {units.begin, units.end}, [&](const Panel& panel, int64_t tile) { cell(step, panel, tile); });
     }
-    if (p_.dh0)
+    const bool of_options = kFlags == kWithOptions && (p_.options->dh_mask || p_.options->dh_reset);
+    if (p_.dh0 || of_options)
       team.sweep(phase++, {outs.begin, outs.end}, [&](const Panel& panel, int64_t tile) { initial(panel, tile); });
   }
 
@@ -324,22 +397,24 @@ class RecurrentBackward {
     const int64_t gate = row * gates_stride_ + column;
     Real* db = db_ ? db_ + tile * Cell::kGates * width_ + column : nullptr;
     if constexpr (Cell::kHasC) {
-      const uint8_t* flags = kFlags ? p_.flags + t * p_.B + row : nullptr;
+      const uint8_t* flags = kFlags ? flags_ + t * p_.B + row : nullptr;
       const int64_t cell = row * width_ + column;
       const bool projected = p_.w_hr != nullptr;
-      const LstmCellGradOp<Real, kFlags> op{projected,
-                                            projected ? Source{} : hidden_.source(step, row, column),
-                                            static_cast<const Real*>(p_.gates) + t * p_.B * gates_stride_ + gate,
-                                            dgates_at(step) + gate,
-                                            gates_stride_,
-                                            width_,
-                                            c_at(step) + cell,
-                                            c_at(step - 1) + cell,
-                                            dc_ + cell,
-                                            width_,
-                                            db,
-                                            projected ? unprojected_ + t * p_.B * width_ + cell : nullptr,
-                                            flags};
+      LstmCellGradOp<Real, kFlags> op{projected,
+                                      projected ? Source{} : hidden_.source(step, row, column),
+                                      static_cast<const Real*>(p_.gates) + t * p_.B * gates_stride_ + gate,
+                                      dgates_at(step) + gate,
+                                      gates_stride_,
+                                      width_,
+                                      c_at(step) + cell,
+                                      c_at(step - 1) + cell,
+                                      dc_ + cell,
+                                      width_,
+                                      db,
+                                      projected ? unprojected_ + t * p_.B * width_ + cell : nullptr,
+                                      flags,
+                                      {}};
+      if constexpr (kFlags == kWithOptions) op.extra = cell_grad_options(t, tile, column);
       run_tile<Chains::kSide, ALayout::kRows, Real>(
           batch_.height(tile), panel.vectors, op,
           projected ? Product<Real>{w_hr_ + column * p_.P, p_.P, dh_ + (t * p_.B + row) * dh_stride_, dh_stride_}
@@ -355,8 +430,25 @@ class RecurrentBackward {
   void initial(const Panel& panel, int64_t tile) const {
     const int64_t row = batch_.first(tile), column = panel.first * kLanes<Real>;
     const InitialHiddenGradOp<Real, kFlags> op{hidden_.source(-1, row, column), p_.storage,
-                                               at(p_.dh0, p_.storage, row * p_.P + column), p_.P};
+                                               p_.dh0 ? at(p_.dh0, p_.storage, row * p_.P + column) : nullptr, p_.P};
     run_tile<Chains::kSide, ALayout::kRows, Real>(batch_.height(tile), panel.vectors, op, recurrent(-1, panel, row));
+  }
+
+  CellGradOptions<Real> cell_grad_options(int64_t t, int64_t tile, int64_t column) const {
+    const LayerOptions& options = *p_.options;
+    const int64_t row = batch_.first(tile), first = t * p_.B + row;
+    CellGradOptions<Real> extra;
+    static_cast<CellOptions<Real>&>(extra) =
+        cell_options<Real>(options, p_.storage, peephole_, width_, t, p_.B, p_.H, row, column);
+    extra.grad_c = options.grad_c ? static_cast<const Real*>(options.grad_c) + first * width_ + column : nullptr;
+    extra.grad_gates =
+        options.grad_gates ? static_cast<const Real*>(options.grad_gates) + first * gates_stride_ + column : nullptr;
+    extra.dpeephole = dpeephole_ ? dpeephole_ + tile * 3 * width_ + column : nullptr;
+    extra.dreset = dc_reset_ ? dc_reset_ + row * width_ + column : nullptr;
+    extra.dreset_step = options.dc_reset && options.c_reset_per_step
+                            ? at(options.dc_reset, p_.storage, first * p_.H + column)
+                            : nullptr;
+    return extra;
   }
 
   using Source = typename HiddenGradient<Real, kFlags>::Source;
@@ -370,6 +462,9 @@ class RecurrentBackward {
   Real *sums_ih_ = nullptr, *sums_hh_ = nullptr, *sums_hr_ = nullptr, *db_ = nullptr;
   int64_t progress_stride_ = 0;
   int64_t* progress_ = nullptr;
+  const uint8_t* flags_ = nullptr;
+  uint8_t* no_flags_ = nullptr;  // zeros, where there are options and no flags
+  Real *dc_reset_ = nullptr, *peephole_ = nullptr, *dpeephole_ = nullptr;
   HiddenGradient<Real, kFlags> hidden_{};
   Barrier barrier_;
 };

@@ -10,7 +10,7 @@
 namespace fastseq {
 namespace {
 
-template <typename Real, bool kFlags>
+template <typename Real, Flags kFlags>
 struct ElmanCellOp {
   Activation activation;
   const Real* preactivation;
@@ -23,15 +23,48 @@ struct ElmanCellOp {
     FASTSEQ_UNROLL
     for (int r = 0; r < kRows; ++r) FASTSEQ_UNROLL
     for (int v = 0; v < kVectors; ++v) {
-      const int64_t at = r * stride + v * kLanes<Real>;
-      Vec<Real> slope;
-      sink.put(r, v, activate<Real>(activation, acc[r][v] + load(preactivation + at), &slope));
-      if (slopes) store(slopes + at, slope);
+      if constexpr (kFlags == kWithOptions)
+        vector_apart(r, v, acc[r][v]);
+      else
+        vector(r, v, acc[r][v]);
     }
+  }
+
+ private:
+  // Out of line where it is long, or it would be copied into every tile for each of its vectors.
+  __attribute__((noinline)) void vector_apart(int r, int v, Vec<Real> product) const { vector(r, v, product); }
+  FASTSEQ_INLINE void vector(int r, int v, Vec<Real> product) const {
+    const int64_t at = r * stride + v * kLanes<Real>;
+    Vec<Real> slope;
+    sink.put(r, v, activate<Real>(activation, product + load(preactivation + at), &slope));
+    if (slopes) store(slopes + at, slope);
   }
 };
 
-template <typename Real, bool kFlags>
+// The slopes of a chunk of time made again: its rows are independent, since h_{t-1} is known.
+template <typename Real>
+struct ElmanSlopesOp {
+  Activation activation;
+  Real* slopes;  // in: the projected input; out: f'(a)
+  int64_t stride;
+
+  template <int kRows, int kVectors>
+  FASTSEQ_INLINE void finish(const Vec<Real> (&acc)[kRows][kVectors]) const {
+    FASTSEQ_UNROLL
+    for (int r = 0; r < kRows; ++r) FASTSEQ_UNROLL
+    for (int v = 0; v < kVectors; ++v) vector(r, v, acc[r][v]);
+  }
+
+ private:
+  __attribute__((noinline)) void vector(int r, int v, Vec<Real> product) const {
+    Real* at = slopes + r * stride + v * kLanes<Real>;
+    Vec<Real> slope;
+    activate<Real>(activation, product + load(at), &slope);
+    store(at, slope);
+  }
+};
+
+template <typename Real, Flags kFlags>
 struct ElmanGradOp {
   typename HiddenGradient<Real, kFlags>::Source source;
   const Real* slopes;

@@ -48,18 +48,22 @@ template <>
 struct Simd<float> {
   typedef float V __attribute__((vector_size(kVectorBytes)));
   typedef int32_t I __attribute__((vector_size(kVectorBytes)));
+  typedef uint8_t Bytes __attribute__((vector_size(kVectorBytes / 4)));
   static constexpr int kLanes = kVectorBytes / 4;
 };
 template <>
 struct Simd<double> {
   typedef double V __attribute__((vector_size(kVectorBytes)));
   typedef int64_t I __attribute__((vector_size(kVectorBytes)));
+  typedef uint8_t Bytes __attribute__((vector_size(kVectorBytes / 8)));
   static constexpr int kLanes = kVectorBytes / 8;
 };
 template <typename Real>
 using Vec = typename Simd<Real>::V;
 template <typename Real>
 using IntVec = typename Simd<Real>::I;
+template <typename Real>
+using ByteVec = typename Simd<Real>::Bytes;  // one byte a lane
 template <typename Real>
 constexpr int kLanes = Simd<Real>::kLanes;
 

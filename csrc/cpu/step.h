@@ -118,7 +118,7 @@ class Step {
   }
 
  private:
-  using Sink = typename HiddenState<Real, false>::Sink;
+  using Sink = typename HiddenState<Real, kNoFlags>::Sink;
 
   // The user's rows of c can be read and written a vector at a time.
   bool c_is_direct() const { return !is_half(p_.shape.storage) && p_.shape.H == width_; }
@@ -159,7 +159,7 @@ class Step {
       const int64_t place = (layer * B + row) * width_ + column;
       const Real* before = c_ ? c_ : static_cast<const Real*>(p_.c);
       Real* now = c_ ? c_ : static_cast<Real*>(p_.c_n);
-      const LstmCellOp<Real, false> op{gates,
+      const LstmCellOp<Real, kNoFlags> op{gates,
                                        nullptr,
                                        stride,
                                        n,
@@ -168,17 +168,18 @@ class Step {
                                        width_,
                                        unprojected_ ? unprojected_ + row * width_ + column : nullptr,
                                        unprojected_ ? Sink{} : sink(layer, row, column),
-                                       nullptr};
+                                       nullptr,
+                                       {}};
       Cell::template run<Chains::kSide, Real>(rows, panel, op, product);
     } else {
-      const ElmanCellOp<Real, false> op{p_.shape.activation, gates, nullptr, stride, sink(layer, row, column)};
+      const ElmanCellOp<Real, kNoFlags> op{p_.shape.activation, gates, nullptr, stride, sink(layer, row, column)};
       Cell::template run<Chains::kSide, Real>(rows, panel, op, product);
     }
   }
 
   void project(const PackedLayer<Cell, Real>& weights, int64_t layer, const Panel& panel, int64_t tile) const {
     const int64_t row = batch_.first(tile), column = panel.first * kLanes<Real>, H = p_.shape.H;
-    const ProjectedHiddenOp<Real, false> op{sink(layer, row, column)};
+    const ProjectedHiddenOp<Real, kNoFlags> op{sink(layer, row, column)};
     run_tile<Chains::kSide, ALayout::kRows, Real>(
         batch_.height(tile), panel.vectors, op,
         Product<Real>{weights.w_hr + column * H, H, unprojected_ + row * width_, width_, chain_for<Real>(p_.shape.P)});

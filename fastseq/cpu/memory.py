@@ -85,8 +85,12 @@ def new_tape(example: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Ten
     return torch.frombuffer(_cpu.Block(count * dtype.itemsize), dtype=dtype, count=count).view(shape)
 
 
-def new_gradients(wanted: Iterable[tuple[object, Tensor | None]]) -> tuple[Tensor, ...]:
-    """Memory for the gradients of ``(wanted or not, tensor)`` rows; shape ``[0]`` for those not wanted or None."""
+def new_gradients(wanted: Iterable[tuple[object, Tensor | None]], example: Tensor | None = None) -> tuple[Tensor, ...]:
+    """Memory for the gradients of ``(wanted or not, tensor)`` rows; shape ``[0]`` for those not wanted or None.
+
+    All are of the dtype of ``example``, or of the first tensor.
+    """
     rows = tuple(wanted)
-    example = next(tensor for _, tensor in rows if tensor is not None)
+    if example is None:
+        example = next(tensor for _, tensor in rows if tensor is not None)
     return tuple(new_output(example, t.shape if want and t is not None else (0,)) for want, t in rows)

@@ -19,7 +19,8 @@ from fastseq.cpu.memory import (
     storage_of,
     time_strides,
 )
-from fastseq.ops.needs import NEEDS_STATE, NEEDS_WEIGHTS, NEEDS_X
+from fastseq.cpu.options import Given, KernelOptions, per_step, reset_gradient
+from fastseq.ops.needs import NEEDS_MASK, NEEDS_RESET, NEEDS_STATE, NEEDS_WEIGHTS, NEEDS_X
 from fastseq.ops.tape import accumulate_dtype, slopes_shape
 
 ACTIVATIONS = {"tanh": 0, "relu": 1, "sigmoid": 2}
@@ -66,6 +67,8 @@ def rnn_fwd(
     nonlinearity: str,
     reverse: bool,
     save: bool,
+    *,
+    options: Given | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``(y, h_n, slopes)``; the tape ``slopes`` is empty unless ``save``."""
     sizes = _check(x, h0, w_ih, w_hh, b_ih, b_hh, flags, nonlinearity)
@@ -78,6 +81,7 @@ def rnn_fwd(
     # Names, so that the dense copies outlive the call.
     x, h0, w_ih, w_hh = dense_rows(x), dense(h0), dense(w_ih), dense(w_hh)
     b_ih, b_hh, flags = dense(b_ih), dense(b_hh), dense(flags)
+    extra = None if options is None else KernelOptions(options)
     _cpu.rnn_forward(
         storage_of(x),
         ACTIVATIONS[nonlinearity],
@@ -98,6 +102,7 @@ def rnn_fwd(
         0,
         0,
         address(slopes),
+        None if extra is None else extra.handle,
         torch.get_num_threads(),
     )
     return y, h_n, slopes
@@ -120,8 +125,13 @@ def rnn_bwd(
     needs: int,
     *,
     overwrite: bool = False,
+    options: Given | None = None,
+    recompute: bool = False,
 ) -> tuple[Tensor, ...]:
-    """``(dx, dh0, dw_ih, dw_hh, db)``, empty where ``needs`` does not ask; ``overwrite`` reuses ``slopes``."""
+    """``(dx, dh0, dw_ih, dw_hh, db)``, empty where ``needs`` does not ask; ``overwrite`` reuses ``slopes``.
+
+    ``options`` name the memory of their gradients too.
+    """
     sizes = _check(x, h0, w_ih, w_hh, b_ih, b_hh, flags, nonlinearity)
     steps, batch, _, hidden, _ = sizes
     expect(
@@ -129,7 +139,7 @@ def rnn_bwd(
             ("grad_y", grad_y, (steps, batch, hidden), x.dtype),
             ("grad_h_n", grad_h_n, (batch, hidden), x.dtype),
             ("y", y, (steps, batch, hidden), x.dtype),
-            ("slopes", slopes, slopes_shape(steps, batch, hidden), accumulate_dtype(x.dtype)),
+            ("slopes", slopes, (0,) if recompute else slopes_shape(steps, batch, hidden), accumulate_dtype(x.dtype)),
         )
     )
     results = new_gradients(
@@ -146,9 +156,10 @@ def rnn_bwd(
     dx, dh0, dw_ih, dw_hh, db = results
     # Names, so that the dense copies outlive the call.
     x, h0, w_ih, w_hh, y, slopes = dense_rows(x), dense(h0), dense(w_ih), dense(w_hh), dense(y), dense(slopes)
-    dgates = slopes if overwrite else new_tape(x, slopes.shape, slopes.dtype)
+    dgates = slopes if overwrite or recompute else new_tape(x, slopes.shape, slopes.dtype)
     flags, grad_h_n = dense(flags), dense(grad_h_n)
     grad_y = None if grad_y is None else dense_rows(grad_y)
+    extra = None if options is None else KernelOptions(options)
     _cpu.rnn_backward(
         storage_of(x),
         ACTIVATIONS[nonlinearity],
@@ -177,23 +188,47 @@ def rnn_bwd(
         address(dw_hh),
         address(db),
         0,
+        None if extra is None else extra.handle,
         torch.get_num_threads(),
     )
     return results
 
 
-# The operation with options. The kernels serve lengths and reset only (fastseq.ops.dispatch.SERVED), so that a call
-# which comes here uses none of the others, and their arguments can be left out.
+# The operation with options: its arguments are those above, the tensors of fastseq.reference.rnn.Options, and the
+# settings.
+
+_PLAIN = 7
+
+
+def _options(x: Tensor, h0: Tensor, h_reset: Tensor | None, h_mask: Tensor | None) -> Given:
+    """What the forward is asked for, with every tensor found to have the size that the kernel assumes."""
+    steps, batch, hidden = x.shape[0], *h0.shape
+    rows = steps if per_step(h_reset) else 1
+    expect((("h_reset", h_reset, (rows, batch, hidden), x.dtype), ("h_mask", h_mask, (batch, hidden), x.dtype)))
+    return {"h_reset": h_reset, "h_reset_per_step": per_step(h_reset), "h_mask": h_mask}
 
 
 def rnn_options_fwd(*args: Any) -> tuple[Tensor, ...]:
-    """``rnn_fwd`` for a call of ``fastseq::rnn_options_fwd`` that uses no option but flags."""
-    given: Any = (*args[:7], *args[9:11], args[-1])
-    return rnn_fwd(*given)
+    """``rnn_fwd`` for a call of ``fastseq::rnn_options_fwd``."""
+    inputs, (h_reset, h_mask) = args[:_PLAIN], args[_PLAIN : _PLAIN + 2]
+    nonlinearity, reverse, _grad_clip, recompute, save = args[_PLAIN + 2 :]
+    given: Any = (*inputs, nonlinearity, reverse, save and not recompute)
+    return rnn_fwd(*given, options=_options(inputs[0], inputs[1], h_reset, h_mask))
 
 
 def rnn_options_bwd(*args: Any, overwrite: bool = False) -> tuple[Tensor, ...]:
-    """``rnn_bwd`` likewise; the gradients of the options are empty."""
-    given: Any = (*args[:9], *args[11:15], args[-1])
-    results = rnn_bwd(*given, overwrite=overwrite)
-    return (*results, *(results[0].new_empty(0) for _ in range(2)))
+    """``rnn_bwd`` likewise, with the gradients of the options behind the others."""
+    arriving, inputs, rest = args[:2], args[2 : 2 + _PLAIN], args[2 + _PLAIN :]
+    h_reset, h_mask, y, slopes, nonlinearity, reverse, grad_clip, recompute, needs = rest
+    x, h0, _, _, b_ih, b_hh, _ = inputs
+    options = {**_options(x, h0, h_reset, h_mask), "grad_clip": grad_clip}
+    if recompute:
+        options |= {"recompute": True, "b_ih": b_ih, "b_hh": b_hh}
+    dh_reset = reset_gradient(needs & NEEDS_RESET, h_reset, x)
+    (dh_mask,) = new_gradients(((needs & NEEDS_MASK, h_mask),), x)
+    options |= {"dh_reset": dh_reset, "dh_mask": dh_mask}
+    given: Any = (*arriving, *inputs, y, slopes, nonlinearity, reverse, needs)
+    results = rnn_bwd(*given, overwrite=overwrite, options=options, recompute=recompute)
+    if x.shape[1] == 0:
+        dh_reset, dh_mask = dh_reset.zero_(), dh_mask.zero_()
+    return (*results, dh_reset, dh_mask)

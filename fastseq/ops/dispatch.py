@@ -48,8 +48,20 @@ OPTIONS = {
 #: Which options the kernels of each implementation serve; the one place to enter an option that they have learnt.
 #: ``grad_clip``, ``recompute`` and ``return_states`` are about the backward: without gradients they use none.
 SERVED = {
-    ("cpp", "lstm"): frozenset(("lengths", "reset")),
-    ("cpp", "rnn"): frozenset(("lengths", "reset")),
+    ("cpp", "lstm"): frozenset(
+        (
+            "lengths",
+            "reset",
+            "reset_state",
+            "h_mask",
+            "zoneout",
+            "peephole",
+            "cell_clip",
+            "grad_clip",
+            "return_states",
+        )
+    ),
+    ("cpp", "rnn"): frozenset(("lengths", "reset", "reset_state", "h_mask", "grad_clip")),
     ("triton", "lstm"): frozenset(("lengths", "reset")),
     ("triton", "rnn"): frozenset(("lengths", "reset")),
 }
