@@ -117,6 +117,7 @@ class RecurrentForward {
           const int64_t column = panel.first * kLanes<Real>;
           product.panel = w_ + column * p_.I * Cell::kGates;
           product.chain = chain_for<Real>(p_.H);
+          if (kFlags && all_padding(flags_ + begin * p_.B + row, rows)) product.K = 0;
           const ProjectionOp<Real> op{bias_ + column, gates(begin, begin) + row * gates_stride_ + column, gates_stride_,
                                       Cell::template slot_stride<Real>(width_)};
           Cell::template run<Chains::kOne, Real>(rows, panel, op, product);
@@ -149,8 +150,9 @@ class RecurrentForward {
   void cell(int64_t step, int64_t begin, const Panel& panel, int64_t tile) const {
     const int64_t t = clock_.time(step), row = batch_.first(tile), column = panel.first * kLanes<Real>;
     const int64_t stride = hidden_.read_stride(step);
-    const Product<Real> product{r_ + column * p_.P * Cell::kGates, p_.P, hidden_.read(step) + row * stride, stride,
-                                chain_for<Real>(p_.H)};
+    Product<Real> product{r_ + column * p_.P * Cell::kGates, p_.P, hidden_.read(step) + row * stride, stride,
+                          chain_for<Real>(p_.H)};
+    if (kFlags && all_padding(flags_ + t * p_.B + row, batch_.height(tile))) product.K = 0;
     Real* preactivation = gates(t, begin) + row * gates_stride_ + column;
     if constexpr (Cell::kHasC) {
       LstmCellOp<Real, kFlags> op{preactivation,
@@ -267,6 +269,7 @@ class RecurrentBackward {
         sums_hh_ = carver.take<Real>(Cell::kGates * p_.H * p_.P);
         if (p_.w_hr) sums_hr_ = carver.take<Real>(p_.P * p_.H);
       }
+      if (kFlags && p_.flags) valid_ = carver.take<int32_t>(T * B);
       if (p_.db) db_ = carver.take<Real>(batch_.count() * K);
     }
     progress_stride_ = round_up(batch_.count(), 8);
@@ -281,6 +284,9 @@ class RecurrentBackward {
     }
     if (Real* last = kFlags ? hidden_.carry : hidden_.last)
       load_rows<Real>(p_.storage, p_.grad_h_n, p_.P, last, hidden_.width(p_.P), p_.B, p_.P);
+    if (valid_)
+      for (int64_t row = 0; row < p_.T * p_.B; ++row)
+        if (!(p_.flags[row] & kFlagPadding)) valid_[valid_rows_++] = static_cast<int32_t>(row);
     if (db_) memset(db_, 0, static_cast<size_t>(batch_.count() * Cell::kGates * width_) * sizeof(Real));
     if (kFlags == kWithOptions) prepare_options();
   }
@@ -307,10 +313,10 @@ class RecurrentBackward {
     const GateGradients<Real> d{
         static_cast<const Real*>(p_.dgates), gates_stride_, Cell::kGates, p_.H, width_, p_.T * p_.B};
     if (p_.dx)
-      InputGradient<Real>{d, p_.storage, p_.I, w_, p_.dx}.run(block_ + thread * InputGradient<Real>::block_numbers(),
-                                                              thread, threads);
+      InputGradient<Real>{d, p_.storage, p_.I, w_, p_.dx, kFlags ? p_.flags : nullptr}.run(
+          block_ + thread * InputGradient<Real>::block_numbers(), thread, threads);
     if (!weights()) return;
-    const WeightGradient<Real> gradient{d, p_.B, p_.storage};
+    const WeightGradient<Real> gradient{d, p_.B, p_.storage, valid_, valid_rows_};
     Real* packed = packed_ + thread * WeightGradient<Real>::packed_numbers();
     gradient.run(
         panels_, packed, thread, threads, barrier_,
@@ -319,7 +325,7 @@ class RecurrentBackward {
     if (p_.w_hr) {
       constexpr Storage kPlain = sizeof(Real) == 8 ? Storage::kFloat64 : Storage::kFloat32;
       const WeightGradient<Real> projection{
-          {dh_, dh_stride_, 1, p_.P, tape_width(p_.P), p_.T * p_.B}, p_.B, p_.storage};
+          {dh_, dh_stride_, 1, p_.P, tape_width(p_.P), p_.T * p_.B}, p_.B, p_.storage, valid_, valid_rows_};
       projection.run(
           panels_, packed, thread, threads, barrier_,
           row_source(kPlain, p_.H, InputRows{kPlain, unprojected_, p_.B * width_, width_}, p_.dw_hr, sums_hr_));
@@ -373,8 +379,12 @@ class RecurrentBackward {
   }
 
   // dgates_{t+1} R for the rows of a tile: no product at the last step.
-  Product<Real> recurrent(int64_t step, const Panel& panel, int64_t row) const {
+  Product<Real> recurrent(int64_t step, const Panel& panel, int64_t tile) const {
     if (step == p_.T - 1) return {nullptr, 0, nullptr, 0, 0};
+    const int64_t row = batch_.first(tile);
+    // On padding the gates' gradients are zero.
+    if (kFlags && all_padding(flags_ + clock_.time(step + 1) * p_.B + row, batch_.height(tile)))
+      return {nullptr, 0, nullptr, 0, 0};
     const int64_t K = Cell::kGates * width_;
     return {r_ + panel.first * kLanes<Real> * K, K, dgates_at(step + 1) + row * gates_stride_, gates_stride_,
             chain_for<Real>(p_.P)};
@@ -390,7 +400,7 @@ class RecurrentBackward {
     const int64_t row = batch_.first(tile), column = panel.first * kLanes<Real>;
     const HiddenGradOp<Real, kFlags> op{hidden_.source(step, row, column),
                                         dh_ + (clock_.time(step) * p_.B + row) * dh_stride_ + column, dh_stride_};
-    run_tile<Chains::kSide, ALayout::kRows, Real>(batch_.height(tile), panel.vectors, op, recurrent(step, panel, row));
+    run_tile<Chains::kSide, ALayout::kRows, Real>(batch_.height(tile), panel.vectors, op, recurrent(step, panel, tile));
   }
   void cell(int64_t step, const Panel& panel, int64_t tile) const {
     const int64_t t = clock_.time(step), row = batch_.first(tile), column = panel.first * kLanes<Real>;
@@ -418,20 +428,20 @@ class RecurrentBackward {
       run_tile<Chains::kSide, ALayout::kRows, Real>(
           batch_.height(tile), panel.vectors, op,
           projected ? Product<Real>{w_hr_ + column * p_.P, p_.P, dh_ + (t * p_.B + row) * dh_stride_, dh_stride_}
-                    : recurrent(step, panel, row));
+                    : recurrent(step, panel, tile));
     } else {
       const ElmanGradOp<Real, kFlags> op{hidden_.source(step, row, column),
                                          static_cast<const Real*>(p_.gates) + t * p_.B * gates_stride_ + gate,
                                          dgates_at(step) + gate, gates_stride_, db};
       run_tile<Chains::kSide, ALayout::kRows, Real>(batch_.height(tile), panel.vectors, op,
-                                                    recurrent(step, panel, row));
+                                                    recurrent(step, panel, tile));
     }
   }
   void initial(const Panel& panel, int64_t tile) const {
     const int64_t row = batch_.first(tile), column = panel.first * kLanes<Real>;
     const InitialHiddenGradOp<Real, kFlags> op{hidden_.source(-1, row, column), p_.storage,
                                                p_.dh0 ? at(p_.dh0, p_.storage, row * p_.P + column) : nullptr, p_.P};
-    run_tile<Chains::kSide, ALayout::kRows, Real>(batch_.height(tile), panel.vectors, op, recurrent(-1, panel, row));
+    run_tile<Chains::kSide, ALayout::kRows, Real>(batch_.height(tile), panel.vectors, op, recurrent(-1, panel, tile));
   }
 
   CellGradOptions<Real> cell_grad_options(int64_t t, int64_t tile, int64_t column) const {
@@ -464,6 +474,8 @@ class RecurrentBackward {
   int64_t* progress_ = nullptr;
   const uint8_t* flags_ = nullptr;
   uint8_t* no_flags_ = nullptr;  // zeros, where there are options and no flags
+  int32_t* valid_ = nullptr;     // the rows of T * B that are no padding, where there may be some
+  int64_t valid_rows_ = 0;
   Real *dc_reset_ = nullptr, *peephole_ = nullptr, *dpeephole_ = nullptr;
   HiddenGradient<Real, kFlags> hidden_{};
   Barrier barrier_;
