@@ -47,6 +47,7 @@ class Run:
             "state": "Not finished",
             "tests": None,
             "rows": [],
+            "clustering": [],
             "floors": [],
             "variants": [],
             "peers": [],
@@ -114,7 +115,7 @@ def tests(run: Run) -> None:
         run.problem(run.results["tests"])
         return
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "--durations=5", "-p", "no:cacheprovider"]
-    status = run.child("tests", [*command, "tests/test_gpu_recurrence.py"], 200)
+    status = run.child("tests", [*command, "tests/test_gpu_recurrence.py", "tests/test_gpu_clustering.py"], 200)
     if status == 5 and run.dry:  # pytest's word for "nothing selected": there is no GPU
         run.results["problems"].pop()
     run.results["tests"] = {0: "passed", None: "did not end", 5: "none ran"}.get(status, "FAILED")
@@ -223,9 +224,33 @@ def benchmarks(run: Run) -> None:
                     guarded(run, f"{case.name} {kind}", make(case, kind))
         if kinds[0] == "float16":
             guarded(run, "floors", lambda: measure_floors(run, device))
+            measure_clustering(run, device, implementation)
             guarded(run, "variants", lambda: measure_variants(run, cases, device, implementation), 60)
     assert set(KINDS) == {"float16", "bfloat16", "float32", "tf32"}
     guarded(run, "peers", lambda: measure_peers(run, cases, device), 60)
+
+
+def measure_clustering(run: Run, device: Any, implementation: str) -> None:
+    """Adds a row for each operation and shape of the clustering benchmark, each verified first."""
+    from benchmarks.gpu_clustering import GPU_CASES, Row, rows, tiny
+
+    def add(row: Row) -> None:
+        samples = interleaved(run, row.calls)
+        found = {name: spread([1e3 * value for value in values]) for name, values in samples.items()}
+        floors = {"copy_ms": row.copy_ms, "arithmetic_ms": row.arithmetic_ms}
+        run.results["clustering"].append({"case": str(row.case), "op": row.op, "ms": found, **floors})
+        run.log(f"clustering {row.case} {row.op}: {found['fastseq']['median']:.3g} ms")
+        run.save()
+
+    def all_of(case: Any) -> Callable[[], None]:
+        def measure_case() -> None:
+            for row in rows(case, device, implementation):
+                add(row)
+
+        return measure_case
+
+    for case in [tiny(GPU_CASES[0])] if run.dry else GPU_CASES:
+        guarded(run, f"clustering {case}", all_of(case), 20)
 
 
 def measure_floors(run: Run, device: Any) -> None:

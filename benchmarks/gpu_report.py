@@ -29,6 +29,7 @@ def markdown(results: dict[str, Any]) -> str:
             f"| {ratio['median']:.2f} ({ratio['p20']:.2f}–{ratio['p80']:.2f}) | {row['microseconds_a_step']:.2f} "
             f"| {'; '.join(f'{name}: {plan}' for name, plan in row['plans'].items())} |"
         )
+    lines += clustering(results["clustering"])
     for title, rows in (("Floors", results["floors"]), ("Variants", results["variants"]), ("Peers", results["peers"])):
         if rows:
             lines += ["", f"## {title}", "", "| | |", "|---|---:|"]
@@ -36,6 +37,27 @@ def markdown(results: dict[str, Any]) -> str:
     if results["problems"]:
         lines += ["", "## Problems", "", *(f"- {problem}" for problem in results["problems"])]
     return "\n".join(lines) + "\n"
+
+
+def clustering(rows: list[dict[str, Any]]) -> list[str]:
+    """The table of the clustering operations."""
+    if not rows:
+        return []
+    lines = [
+        "",
+        "## Clustering, float32",
+        "",
+        "Medians in ms; the floors are those of the memory and of the arithmetic units by the GPU's clocks.",
+        "",
+        "| N, d, K | | fastseq | others | floors |",
+        "|---|---|---:|---|---|",
+    ]
+    for row in rows:
+        others = [f"{name} {ms['median']:.3g}" for name, ms in row["ms"].items() if name != "fastseq"]
+        floors = [f"{kind} {row[f'{kind}_ms']:.3g}" for kind in ("copy", "arithmetic") if row[f"{kind}_ms"] is not None]
+        ours = row["ms"]["fastseq"]["median"]
+        lines.append(f"| {row['case']} | {row['op']} | {ours:.3g} | {', '.join(others)} | {', '.join(floors)} |")
+    return lines
 
 
 def plots(results: dict[str, Any], folder: Path) -> None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +16,18 @@ import torch
 import triton
 from torch import Tensor
 
-from fastseq.kernels import lstm, plan, rnn
+from fastseq.kernels import (
+    clustering_loss,
+    clusters,
+    lstm,
+    nearest_center,
+    plan,
+    rnn,
+    student_t,
+    target_distribution,
+)
 from fastseq.kernels.ahead import TARGETS, Resources, compile_ahead
-from fastseq.kernels.launch import Launch
+from fastseq.kernels.launch import Grid, Launch
 from fastseq.ops.tape import slopes_shape, tape_shapes
 
 TABLE = Path(__file__).resolve().parent / "results" / "triton_resources.md"
@@ -47,11 +56,22 @@ class Configuration:
     sync: str = "counter"
 
     @property
+    def sizes(self) -> str:
+        """As the table shows them."""
+        return f"{self.T}, {self.B}, {self.H}"
+
+    @property
     def name(self) -> str:
         """What the row of the table is called."""
         kind = self.dtype if self.dtype != "float32" else f"float32 {self.precision}"
         notes = [self.options] * bool(self.options) + ([f"sync by {self.sync}"] if self.sync != "counter" else [])
         return ", ".join([f"{self.op} {'backward' if self.backward else 'forward'}", kind, *notes])
+
+    def tiles(self, chip: plan.Chip) -> str:
+        """The regime and the tile that the shape takes on a chip, as the table shows them."""
+        made, _ = self.launch(chip)
+        letter = {"resident": "R", "persistent": "P" if made.hold else "p", "step": "S"}[made.regime]
+        return f"{letter} {made.BB}×{made.BH}"
 
     def launch(self, chip: plan.Chip) -> tuple[plan.Plan, Launch]:
         """The plan on a chip, and its first launch on tensors without memory."""
@@ -65,8 +85,84 @@ class Configuration:
         return made, next(launches)
 
 
-def compiles(case: Configuration, target: str) -> bool:
+#: Kernels of points and centres, by the operation's own walk along the centres where there is one.
+CLUSTERING = (
+    "distances",
+    "points' gradient",
+    "centres' gradient",
+    "assignment",
+    "arriving gradient",
+    "loss of a target",
+    "loss of frequencies",
+    "nearest centre",
+    "target",
+)
+
+
+@dataclass(frozen=True)
+class ClusteringConfiguration:
+    """One kernel of :data:`CLUSTERING` on a chunk of points."""
+
+    kernel: str
+    d: int
+    K: int
+    dtype: str
+    alpha: float = 1.0
+
+    @property
+    def sizes(self) -> str:
+        """As the table shows them."""
+        return f"d {self.d}, K {self.K}"
+
+    @property
+    def name(self) -> str:
+        """What the row of the table is called."""
+        return f"clustering, {self.kernel}, {self.dtype}" + ("" if self.alpha == 1 else f", alpha {self.alpha:g}")
+
+    def tiles(self, chip: plan.Chip) -> str:
+        """The tile, as the table shows it."""
+        _, launch = self.launch(chip)
+        sizes = [str(launch.constants[name]) for name in ("BN", "BK", "BD") if name in launch.constants]
+        return "×".join(sizes)
+
+    def launch(self, chip: plan.Chip) -> tuple[Grid, Launch]:
+        """Its launch on tensors without memory; the same on every chip."""
+        found = _clustering(self)
+        assert isinstance(found.plan, Grid)
+        return found.plan, found
+
+
+def _clustering(case: ClusteringConfiguration) -> Launch:
+    d, K, dtype, wide = case.d, case.K, getattr(torch, case.dtype), torch.float32
+    N = clusters.Sizes(1 << 20, d, K).chunk
+    z, by_center, of_centers = _meta(N, d, dtype=dtype), _meta(N, K, dtype=dtype), _meta(K, d, dtype=dtype)
+    points, columns = _meta(d, N, dtype=wide), _meta(d, clusters.whole(K), dtype=wide)
+    ratios, rows = _meta(K, N, dtype=wide), _meta(N, clusters.whole(K), dtype=wide)
+    losses = _meta(N, dtype=wide)
+    chunk = clusters.Chunk(0, N, ratios, True, rows)
+    if case.kernel == "distances":
+        return clusters.distances_launch(points, columns, ratios, N, case.alpha)
+    if case.kernel == "points' gradient":
+        return clusters.points_gradient_launch(z, _meta(K, clusters.whole(d), dtype=wide), ratios, z)
+    if case.kernel == "centres' gradient":
+        return clusters.centers_gradient_launch(z, of_centers, rows, _meta(8, K, d, dtype=wide))
+    if case.kernel == "assignment":
+        return student_t.assign_launch(chunk, by_center, case.alpha)
+    if case.kernel == "arriving gradient":
+        return student_t.arriving_launch(chunk, by_center, case.alpha)
+    if case.kernel == "loss of a target":
+        return clustering_loss.loss_launch(chunk, by_center, None, losses, case.alpha, 1.0)
+    if case.kernel == "loss of frequencies":
+        return clustering_loss.loss_launch(chunk, None, _meta(K, dtype=wide), losses, case.alpha, 1.0)
+    if case.kernel == "nearest centre":
+        return nearest_center.nearest_launch(points, columns, K, _meta(N, dtype=torch.int64), _meta(N, dtype=dtype))
+    return target_distribution.sharpen_launch(by_center, _meta(K, dtype=wide), by_center)
+
+
+def compiles(case: Configuration | ClusteringConfiguration, target: str) -> bool:
     """Whether Triton can compile it at all: on AMD there is no tf32x3, and the flags' fence is NVIDIA's assembly."""
+    if isinstance(case, ClusteringConfiguration):
+        return True
     return target != "gfx942" or (case.precision != "tf32x3" and case.sync != "flags")
 
 
@@ -128,7 +224,20 @@ def configurations() -> list[Configuration]:
     return found
 
 
-def compile_all(cases: list[Configuration], targets: list[str]) -> dict[tuple[Configuration, str], Resources]:
+def clustering_configurations() -> list[ClusteringConfiguration]:
+    """Every kernel of clustering at the shapes of the GPU benchmark, large ones and small ones, in every dtype."""
+    return [
+        ClusteringConfiguration(kernel, d, K, dtype, alpha)
+        for kernel in CLUSTERING
+        for d, K in ((10, 10), (64, 1000), (4096, 33))
+        for dtype, alpha in (("float32", 1.0), ("bfloat16", 2.0))
+    ]
+
+
+Case = Configuration | ClusteringConfiguration
+
+
+def compile_all(cases: Sequence[Case], targets: list[str]) -> dict[tuple[Case, str], Resources]:
     """What each takes on each target."""
     pairs = [(case, target) for case in cases for target in targets if compiles(case, target)]
     with ThreadPoolExecutor(2) as pool:
@@ -141,7 +250,7 @@ def compile_all(cases: list[Configuration], targets: list[str]) -> dict[tuple[Co
     return found
 
 
-def table(found: dict[tuple[Configuration, str], Resources], targets: list[str]) -> str:
+def table(found: dict[tuple[Case, str], Resources], targets: list[str]) -> str:
     """The figures as Markdown."""
     lines = [
         "# What the Triton kernels take of a GPU",
@@ -150,6 +259,7 @@ def table(found: dict[tuple[Configuration, str], Resources], targets: list[str])
         "The kernels have **not run on a GPU yet**. A cell is registers of a thread / shared memory of a program in",
         "KiB, the bytes of a thread that are spilled where there are any, and the plan that the shape takes there:",
         "R resident, P persistent (p: with the weights streamed), S one launch per step; the tile of batch by units.",
+        "Of the clustering kernels, the tile of points or centres by centres or features.",
         "",
         "| kernel | T, B, H | " + " | ".join(targets) + " |",
         "|---|---|" + "---|" * len(targets),
@@ -160,29 +270,41 @@ def table(found: dict[tuple[Configuration, str], Resources], targets: list[str])
             if not compiles(case, target):
                 cells.append("–")
                 continue
-            made, _ = case.launch(CHIPS[target])
-            letter = {"resident": "R", "persistent": "P" if made.hold else "p", "step": "S"}[made.regime]
             resources = found[case, target]
             spilled = f" **spills {resources.spilled}**" if resources.spilled else ""
-            cells.append(f"{resources.registers} / {resources.shared / 1024:.0f}{spilled} {letter} {made.BB}×{made.BH}")
-        lines.append(f"| {case.name} | {case.T}, {case.B}, {case.H} | " + " | ".join(cells) + " |")
+            cells.append(f"{resources.registers} / {resources.shared / 1024:.0f}{spilled} {case.tiles(CHIPS[target])}")
+        lines.append(f"| {case.name} | {case.sizes} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def merged(old: str, new: str, cases: list[Case]) -> str:
+    """The new table with the rows of the old one that it has not, in the order of the cases."""
+    starts = [f"| {case.name} | {case.sizes} |" for case in cases]
+    rows = {
+        start: line for text in (old, new) for line in text.splitlines() for start in starts if line.startswith(start)
+    }
+    head = [line for line in new.splitlines() if not line.startswith(tuple(starts))]
+    return "\n".join([*head, *(rows[start] for start in dict.fromkeys(starts) if start in rows)]) + "\n"
 
 
 def main() -> int:
     """Compiles, prints, writes; 1 when a kernel spills or takes more shared memory than there is."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.triton_resources", description=__doc__)
     parser.add_argument("--target", choices=TARGETS, action="append", help="only this target (may be repeated)")
+    parser.add_argument("--rows", default="", help="only rows whose name contains this; the others stay as they are")
     parser.add_argument("--output", type=Path, default=TABLE, help="where the table goes (%(default)s)")
     args = parser.parse_args()
     targets = args.target or list(TARGETS)
-    found = compile_all(configurations(), targets)
+    cases: list[Case] = [*configurations(), *clustering_configurations()]
+    found = compile_all([case for case in cases if args.rows in case.name], targets)
     text = table(found, targets)
+    if args.rows:
+        text = merged(args.output.read_text(encoding="utf-8"), text, cases)
     print(text)
     args.output.write_text(text, encoding="utf-8")
     wrong = [key for key, value in found.items() if value.spilled or value.shared > TARGETS[key[1]][1]]
     for case, target in wrong:
-        print(f"{target}: {case.name} {case.T}, {case.B}, {case.H}: {found[case, target]}", file=sys.stderr)
+        print(f"{target}: {case.name} {case.sizes}: {found[case, target]}", file=sys.stderr)
     return 1 if wrong else 0
 
 

@@ -30,6 +30,7 @@ _TYPES = {
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
     torch.int32: "*i32",
+    torch.int64: "*i64",
     torch.uint8: "*u8",
 }
 
@@ -46,7 +47,13 @@ class Resources:
 
 
 def compile_ahead(launch: Launch, target: str) -> Resources:
-    """Compiles the kernel of a launch for one of :data:`TARGETS`. The tensors may be on any device, meta too."""
+    """What the kernel of a launch takes of one of :data:`TARGETS`. The tensors may be on any device, meta too."""
+    compiled = compiled_ahead(launch, target)
+    return _of_cubin(compiled) if TARGETS[target][0].backend == "cuda" else _of_amd(compiled)
+
+
+def compiled_ahead(launch: Launch, target: str) -> Any:
+    """The kernel of a launch as Triton compiles it for the target."""
     signature: dict[str, str] = {}
     constants = dict(launch.constants)
     aligned: dict[tuple[int], list[list[Any]]] = {}
@@ -57,16 +64,17 @@ def compile_ahead(launch: Launch, target: str) -> Resources:
             aligned[(index,)] = [["tt.divisibility", 16]]  # torch aligns what it allocates
         elif isinstance(value, int) and name not in constants:
             signature[name] = "i32"
+            if value % 16 == 0 and not launch.kernel.params[index].do_not_specialize:
+                aligned[(index,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[name] = "fp32"
         else:
             signature[name] = "constexpr"
             constants.setdefault(name, None)
     chip, _ = TARGETS[target]
     options = compile_options(launch, hip=chip.backend == "hip")
     source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=aligned)
-    compiled = triton.compile(source, target=chip, options=options)
-    if chip.backend == "cuda":
-        return _of_cubin(compiled)
-    return _of_amd(compiled)
+    return triton.compile(source, target=chip, options=options)
 
 
 def _of_cubin(compiled: Any) -> Resources:

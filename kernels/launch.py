@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -19,26 +19,31 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 
 @dataclass(frozen=True)
+class Grid:
+    """The plan of a launch whose programs know nothing of one another: how many along each axis, and their warps."""
+
+    grid: tuple[int, ...]
+    warps: int = 4
+    stages: int = 1
+    cooperative: bool = False
+
+
+@dataclass(frozen=True)
 class Launch:
-    """One launch by a plan: ``arguments`` are tensors (None: absent) and integers that a kernel is not compiled for,
+    """One launch by a plan: ``arguments`` are tensors (None: absent) and numbers that a kernel is not compiled for,
     ``constants`` those it is compiled for."""
 
     kernel: Any
-    plan: Plan
-    arguments: dict[str, Tensor | int | None]
+    plan: Plan | Grid
+    arguments: Mapping[str, Tensor | int | float | None]
     constants: dict[str, Any]
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Programs along each axis: those of a group, and the groups."""
-        return (self.plan.programs, self.plan.groups) if self.plan.regime != "resident" else (self.plan.groups, 1)
 
     def run(self) -> None:
         """Launch on the current stream of the current device."""
         options: dict[str, Any] = {}
         if not INTERPRETED:
             options = compile_options(self, torch.version.hip is not None)
-        self.kernel[self.grid](**self.arguments, **self.constants, **options)
+        self.kernel[self.plan.grid](**self.arguments, **self.constants, **options)
 
 
 def compile_options(launch: Launch, hip: bool) -> dict[str, Any]:
@@ -46,7 +51,7 @@ def compile_options(launch: Launch, hip: bool) -> dict[str, Any]:
     options: dict[str, Any] = {
         "num_warps": launch.plan.warps,
         "num_stages": launch.plan.stages,
-        "launch_cooperative_grid": launch.plan.regime == "persistent",
+        "launch_cooperative_grid": launch.plan.cooperative,
     }
     if not hip:
         # A program has a multiprocessor to itself. Left alone, ptxas saves registers for a second one, and spills.

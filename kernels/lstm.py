@@ -47,13 +47,14 @@ from fastseq.kernels.launch import (
 )
 from fastseq.kernels.products import (
     input_precision,
+    mask_gradient,
     padded_gates,
     previous_states,
     product,
     wide_product,
     wide_state,
 )
-from fastseq.ops.needs import NEEDS_STATE, NEEDS_WEIGHTS, NEEDS_X
+from fastseq.ops.needs import NEEDS_MASK, NEEDS_STATE, NEEDS_WEIGHTS, NEEDS_X
 from fastseq.ops.tape import padded, tape_shapes
 
 # Not part of what a kernel is compiled for: a new length, batch or position compiles nothing. (Strides are, since the
@@ -112,13 +113,22 @@ def cell_backward(i, f, g, o, c, dh, dc, p):
 
 
 @triton.jit
-def finish_forward(cell, c, h, row_flags, own, ok, zoneout_h, zoneout_c):
-    """What is carried and what is put out, (c, h, y), from the fresh cell state and h, after zoneout and padding."""
-    c_new, h_new = cell
-    if zoneout_c is not None:
-        c_new = tl.where(tl.load(zoneout_c + own, mask=ok, other=0) != 0, c, c_new)
-    if zoneout_h is not None:
-        h_new = tl.where(tl.load(zoneout_h + own, mask=ok, other=0) != 0, h, h_new)
+def zoned_out(before, fresh, zoneout, own, ok):
+    """``before`` where the mask says so, or by a rate; ``zoneout`` may be None."""
+    if zoneout is None:
+        return fresh
+    if zoneout.dtype.element_ty == tl.float32:
+        rate = tl.load(zoneout)
+        return rate * before + (1.0 - rate) * fresh
+    return tl.where(tl.load(zoneout + own, mask=ok, other=0) != 0, before, fresh)
+
+
+@triton.jit
+def finish_forward(c_new, h_new, c, h, row_flags, own, ok, zoneout_h, zoneout_c):
+    """What is carried and what is put out, (c, h, y), from the fresh cell state and h, after zoneout and padding; h is
+    rounded to the dtype that it is carried in."""
+    c_new = zoned_out(c, c_new, zoneout_c, own, ok)
+    h_new = zoned_out(h, h_new, zoneout_h, own, ok).to(h.dtype)
     y = h_new
     if row_flags is not None:
         pad = (row_flags & PADDING)[:, None] != 0
@@ -129,19 +139,15 @@ def finish_forward(cell, c, h, row_flags, own, ok, zoneout_h, zoneout_c):
 
 
 @triton.jit
-def split_backward(dh, dc, own, ok, zoneout_h, zoneout_c):
-    """(dh, dc, dh past, dc past): what reaches the fresh values, and what passes by them to the step before."""
-    dh_past = tl.zeros_like(dh)
-    dc_past = tl.zeros_like(dc)
-    if zoneout_h is not None:
-        old = tl.load(zoneout_h + own, mask=ok, other=0) != 0
-        dh_past = tl.where(old, dh, 0.0)
-        dh = tl.where(old, 0.0, dh)
-    if zoneout_c is not None:
-        old = tl.load(zoneout_c + own, mask=ok, other=0) != 0
-        dc_past = tl.where(old, dc, 0.0)
-        dc = tl.where(old, 0.0, dc)
-    return dh, dc, dh_past, dc_past
+def split_by_zoneout(d, zoneout, own, ok):
+    """What of a gradient reaches the fresh value, and what passes by it to the step before."""
+    if zoneout is None:
+        return d, tl.zeros_like(d)
+    if zoneout.dtype.element_ty == tl.float32:
+        rate = tl.load(zoneout)
+        return (1.0 - rate) * d, rate * d
+    old = tl.load(zoneout + own, mask=ok, other=0) != 0
+    return tl.where(old, 0.0, d), tl.where(old, d, 0.0)
 
 
 # Persistent and step.
@@ -160,8 +166,8 @@ def lstm_forward_spread(
     c_tape,  # [T, B, HP] float32, or None
     flags,  # [T, B] uint8, or None
     h_mask,  # [B, H] or None
-    zoneout_h,  # [T, B, H] uint8, or None
-    zoneout_c,  # [T, B, H] uint8, or None
+    zoneout_h,  # [T, B, H] uint8, a rate [1] float32, or None
+    zoneout_c,  # [T, B, H] uint8, a rate [1] float32, or None
     peephole,  # [3, H] or None
     signals,  # [groups, SIGNALS] int32 at zero, or None
     T,
@@ -273,8 +279,7 @@ def lstm_forward_spread(
                 c,
                 p,
             )
-            cell = (c_new, h_new.to(y.dtype.element_ty))
-            c, h, out = finish_forward(cell, c, h, row_flags, own, ok, zoneout_h, zoneout_c)
+            c, h, out = finish_forward(c_new, h_new, c, h, row_flags, own, ok, zoneout_h, zoneout_c)
             tl.store(y + own, out, mask=ok)
             if signals is not None:
                 if step + 1 < begin + count:
@@ -299,8 +304,8 @@ def lstm_backward_spread(
     dc_state,  # [B, H] float32: in, grad_c_n; out, dc0
     flags,  # [T, B] uint8, or None
     h_mask,  # [B, H] or None
-    zoneout_h,  # [T, B, H] uint8, or None
-    zoneout_c,  # [T, B, H] uint8, or None
+    zoneout_h,  # [T, B, H] uint8, a rate [1] float32, or None
+    zoneout_c,  # [T, B, H] uint8, a rate [1] float32, or None
     peephole,  # [3, H] or None
     signals,  # [groups, SIGNALS] int32 at zero, or None
     T,
@@ -398,7 +403,8 @@ def lstm_backward_spread(
             if h_mask is not None:
                 product *= tl.load(h_mask + state, mask=ok, other=0.0).to(tl.float32)
             dh = dh_past + product + dy
-            dh_new, dc_new, dh_past, dc_past = split_backward(dh, dc, own, ok, zoneout_h, zoneout_c)
+            dh_new, dh_past = split_by_zoneout(dh, zoneout_h, own, ok)
+            dc_new, dc_past = split_by_zoneout(dc, zoneout_c, own, ok)
             d_i, d_f, d_g, d_o, dc_old = cell_backward(i, f, g, o, c, dh_new, dc_new, p)
             dc_old += dc_past
             if flags is not None:
@@ -516,8 +522,7 @@ def lstm_forward_resident(
             c,
             p,
         )
-        cell = (c_new, h_new.to(y.dtype.element_ty))
-        c, h, out = finish_forward(cell, c, h, row_flags, own, ok, zoneout_h, zoneout_c)
+        c, h, out = finish_forward(c_new, h_new, c, h, row_flags, own, ok, zoneout_h, zoneout_c)
         tl.store(y + own, out, mask=ok)
         if SAVE:
             store_gates(tape, tape_ok, HP, (i, f, g, o))
@@ -594,7 +599,8 @@ def lstm_backward_resident(
             c = tl.where(cut, 0.0, c)
             dy = tl.where(pad, 0.0, dy)
         dh += dy
-        dh_new, dc_new, dh_past, dc_past = split_backward(dh, dc, own, ok, zoneout_h, zoneout_c)
+        dh_new, dh_past = split_by_zoneout(dh, zoneout_h, own, ok)
+        dc_new, dc_past = split_by_zoneout(dc, zoneout_c, own, ok)
         d_i, d_f, d_g, d_o, dc_old = cell_backward(i, f, g, o, c, dh_new, dc_new, p)
         dc_old += dc_past
         if flags is not None:
@@ -634,8 +640,8 @@ def _check(
     w_hr: Tensor | None,
     flags: Tensor | None,
     h_mask: Tensor | None,
-    zoneout_h: Tensor | None,
-    zoneout_c: Tensor | None,
+    zoneout_h: Tensor | float | None,
+    zoneout_c: Tensor | float | None,
     peephole: Tensor | None,
 ) -> tuple[int, int, int]:
     """The sizes (T, B, H), with every input found to have the size they say."""
@@ -659,8 +665,11 @@ def _check(
             ("b_hh", b_hh, (4 * hidden,), dtype),
             ("flags", flags, (steps, batch), torch.uint8),
             ("h_mask", h_mask, (batch, hidden), dtype),
-            ("zoneout_h", zoneout_h, (steps, batch, hidden), torch.bool),
-            ("zoneout_c", zoneout_c, (steps, batch, hidden), torch.bool),
+            *(
+                (name, value, (steps, batch, hidden), torch.bool)
+                for name, value in (("zoneout_h", zoneout_h), ("zoneout_c", zoneout_c))
+                if isinstance(value, Tensor)
+            ),
             ("peephole", peephole, (3, hidden), dtype),
         ),
         x.device,
@@ -680,8 +689,11 @@ def _dense(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
-def _as_bytes(mask: Tensor | None) -> Tensor | None:
-    return None if mask is None else mask.contiguous().view(torch.uint8)
+def _in_memory(zoneout: Tensor | float | None, device: torch.device) -> Tensor | None:
+    """As the kernels read it: a mask in bytes, a rate as a tensor of one number."""
+    if isinstance(zoneout, float):
+        return torch.full((1,), zoneout, dtype=torch.float32, device=device)
+    return None if zoneout is None else zoneout.contiguous().view(torch.uint8)
 
 
 def forward_launches(
@@ -803,16 +815,16 @@ def lstm_fwd(
     save: bool,
     *,
     h_mask: Tensor | None = None,
-    zoneout_h: Tensor | None = None,
-    zoneout_c: Tensor | None = None,
+    zoneout_h: Tensor | float | None = None,
+    zoneout_c: Tensor | float | None = None,
     peephole: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``(y, h_n, c_n, c, gates)``; the tape ``c``, ``gates`` is empty unless ``save``.
 
     Args:
         h_mask: ``[B, H]``, multiplies h_{t-1} before the recurrent product.
-        zoneout_h: bool ``[T, B, H]``: where true, h_t is h_{t-1}.
-        zoneout_c: bool ``[T, B, H]``: where true, c_t is c_{t-1}; h_t is made from the fresh cell state all the same.
+        zoneout_h: bool ``[T, B, H]``: where true, h_t is h_{t-1}. Or a rate r: it is r h_{t-1} and 1 - r of the fresh.
+        zoneout_c: the same of the cell; h_t is made from the fresh cell state all the same.
         peephole: ``[3, H]``, rows i, f, o: i and f see c_{t-1}, o sees the fresh c_t.
 
     Raises:
@@ -848,15 +860,15 @@ def lstm_fwd(
                 _dense(flags),
                 reverse,
                 _dense(h_mask),
-                _as_bytes(zoneout_h),
-                _as_bytes(zoneout_c),
+                _in_memory(zoneout_h, x.device),
+                _in_memory(zoneout_c, x.device),
                 _dense(peephole),
             ):
                 launch.run()
         return y, h_n, c_state.to(x.dtype), c, gates if save else gates.new_empty(0)
 
 
-def lstm_bwd(
+def _backward(
     grad_y: Tensor | None,
     grad_h_n: Tensor | None,
     grad_c_n: Tensor | None,
@@ -876,12 +888,12 @@ def lstm_bwd(
     needs: int,
     *,
     h_mask: Tensor | None = None,
-    zoneout_h: Tensor | None = None,
-    zoneout_c: Tensor | None = None,
+    zoneout_h: Tensor | float | None = None,
+    zoneout_c: Tensor | float | None = None,
     peephole: Tensor | None = None,
     overwrite: bool = False,
 ) -> tuple[Tensor, ...]:
-    """``(dx, dh0, dc0, dw_ih, dw_hh, db, dw_hr)``, empty where not needed, and with ``peephole`` its gradient too.
+    """``(dx, dh0, dc0, dw_ih, dw_hh, db, dw_hr, dh_mask, dpeephole)``, empty where not needed or not there.
 
     ``overwrite`` lets the gates' gradients take the place of the gates. Half types keep them apart, in half type, which
     is what the products after the recurrence read. Arguments as of :func:`lstm_fwd`.
@@ -922,8 +934,8 @@ def lstm_bwd(
                 _dense(flags),
                 reverse,
                 _dense(h_mask),
-                _as_bytes(zoneout_h),
-                _as_bytes(zoneout_c),
+                _in_memory(zoneout_h, x.device),
+                _in_memory(zoneout_c, x.device),
                 _dense(peephole),
             ):
                 launch.run()
@@ -946,33 +958,52 @@ def lstm_bwd(
             dw_hh = product(rows.t(), h_before.flatten(0, 1))
             if b_ih is not None or b_hh is not None:
                 db = rows.sum(0, dtype=torch.float32).to(x.dtype)
-        results = (dx, dh0, dc0, dw_ih, dw_hh, db, none)
-        if peephole is None:
-            return results
-        return *results, _peephole_gradient(dgates, gates, c, c0, flags, reverse) if needs & NEEDS_WEIGHTS else none
+        dpeephole = dh_mask = none
+        if peephole is not None and needs & NEEDS_WEIGHTS:
+            dpeephole = _peephole_gradient(dgates, gates, c, c0, flags, reverse)
+        if h_mask is not None and needs & NEEDS_MASK:
+            dh_mask = mask_gradient(rows, w_hh, previous_states(y, h0, flags, reverse))
+        return dx, dh0, dc0, dw_ih, dw_hh, db, none, dh_mask, dpeephole
 
 
-def lstm_bwd_(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+def lstm_bwd(*args: Any, overwrite: bool = False) -> tuple[Tensor, ...]:
+    """``(dx, dh0, dc0, dw_ih, dw_hh, db, dw_hr)``; arguments as of :func:`_backward`, without options."""
+    return _backward(*args, overwrite=overwrite)[:7]
+
+
+def lstm_bwd_(*args: Any) -> tuple[Tensor, ...]:
     """:func:`lstm_bwd`, free to overwrite the gates (the argument at place 14)."""
     torch.autograd.graph.increment_version(args[14])
-    return lstm_bwd(*args, **kwargs, overwrite=True)
+    return lstm_bwd(*args, overwrite=True)
 
 
-# The operation with options. Of its arguments the launchers serve the flags so far (fastseq.ops.dispatch.SERVED), so a
-# call that comes here uses none of the others, and they can be left out.
+# The operation with options, of which fastseq.ops.dispatch.SERVED names those that a call may use here; the other
+# arguments can be left out.
+
+
+def _options(tensors: tuple[Any, ...], rate_h: float, rate_c: float) -> dict[str, Any]:
+    """Those options that the launchers take, from the tensors of options and the rates of zoneout."""
+    _, _, h_mask, zoneout_h, zoneout_c, peephole, *_ = tensors
+    return {
+        "h_mask": h_mask,
+        "zoneout_h": (rate_h or None) if zoneout_h is None else zoneout_h,
+        "zoneout_c": (rate_c or None) if zoneout_c is None else zoneout_c,
+        "peephole": peephole,
+    }
 
 
 def lstm_options_fwd(*args: Any) -> tuple[Tensor, ...]:
-    """:func:`lstm_fwd` for a call of ``fastseq::lstm_options_fwd`` that uses no option but flags."""
+    """:func:`lstm_fwd` for a call of ``fastseq::lstm_options_fwd``."""
     given: Any = (*args[:9], args[21], args[-1])
-    return lstm_fwd(*given)
+    return lstm_fwd(*given, **_options(args[9:21], *args[22:24]))
 
 
 def lstm_options_bwd(*args: Any, overwrite: bool = False) -> tuple[Tensor, ...]:
-    """:func:`lstm_bwd` likewise; the gradients of the options are empty."""
+    """Its backward; the gradients of what is not served are empty."""
     given: Any = (*args[:3], *args[5:14], *args[26:30], args[-1])
-    results = lstm_bwd(*given, overwrite=overwrite)
-    return (*results, *(results[0].new_empty(0) for _ in range(10)))
+    *plain, dh_mask, dpeephole = _backward(*given, **_options(args[14:26], *args[30:32]), overwrite=overwrite)
+    none = dh_mask.new_empty(0)
+    return (*plain, none, none, dh_mask, dpeephole, *(none.clone() for _ in range(6)))
 
 
 def lstm_options_bwd_(*args: Any) -> tuple[Tensor, ...]:

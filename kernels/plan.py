@@ -67,6 +67,16 @@ class Plan:
     sync: str
     precision: str
 
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Programs along each axis: those of a group, and the groups."""
+        return (self.groups, 1) if self.regime == "resident" else (self.programs, self.groups)
+
+    @property
+    def cooperative(self) -> bool:
+        """Whether the programs wait for each other, so that all must run at once."""
+        return self.regime == "persistent"
+
     def __str__(self) -> str:
         if self.regime == "resident":
             return f"resident, {self.groups} programs of {self.BB} sequences"

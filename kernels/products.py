@@ -68,3 +68,9 @@ def previous_states(y: Tensor, h0: Tensor, flags: Tensor | None, reverse: bool, 
         before = torch.where(gone.unsqueeze(2), h0, before)
         before = before.masked_fill((flags & 1).bool().unsqueeze(2), 0.0)
     return before if h_mask is None else before * h_mask
+
+
+def mask_gradient(rows: Tensor, w_hh: Tensor, before: Tensor) -> Tensor:
+    """``[B, H]``, the gradient of the mask on h: of the gates' gradients ``rows [T * B, ·]``, through the weights, at
+    the states ``before [T, B, H]`` that the mask met."""
+    return (wide_product(rows, w_hh).view(before.shape) * before).sum(0).to(before.dtype)

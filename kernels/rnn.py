@@ -38,13 +38,14 @@ from fastseq.kernels.launch import (
 )
 from fastseq.kernels.products import (
     input_precision,
+    mask_gradient,
     padded_gates,
     previous_states,
     product,
     wide_product,
     wide_state,
 )
-from fastseq.ops.needs import NEEDS_STATE, NEEDS_WEIGHTS, NEEDS_X
+from fastseq.ops.needs import NEEDS_MASK, NEEDS_STATE, NEEDS_WEIGHTS, NEEDS_X
 from fastseq.ops.tape import padded, slopes_shape
 
 NONLINEARITIES = ("tanh", "relu", "sigmoid")
@@ -609,7 +610,7 @@ def rnn_fwd(
         return y, h_n, slopes if save else slopes.new_empty(0)
 
 
-def rnn_bwd(
+def _backward(
     grad_y: Tensor | None,
     grad_h_n: Tensor | None,
     x: Tensor,
@@ -628,8 +629,11 @@ def rnn_bwd(
     h_mask: Tensor | None = None,
     overwrite: bool = False,
 ) -> tuple[Tensor, ...]:
-    """``(dx, dh0, dw_ih, dw_hh, db)``, empty where ``needs`` does not ask. ``overwrite`` lets the gradients of the sums
-    take the place of the slopes; half types keep them apart, in half type. Other arguments as of :func:`rnn_fwd`."""
+    """``(dx, dh0, dw_ih, dw_hh, db, dh_mask)``, empty where ``needs`` does not ask.
+
+    ``overwrite`` lets the gradients of the sums take the place of the slopes; half types keep them apart, in half type.
+    Other arguments as of :func:`rnn_fwd`.
+    """
     steps, batch, hidden = _check(x, h0, w_ih, w_hh, b_ih, b_hh, flags, nonlinearity, h_mask)
     expect(
         (
@@ -669,30 +673,38 @@ def rnn_bwd(
             dw_hh = product(rows.t(), previous_states(y, h0, flags, reverse, h_mask).flatten(0, 1))
             if b_ih is not None or b_hh is not None:
                 db = rows.sum(0, dtype=torch.float32).to(x.dtype)
-        return dx, dh0, dw_ih, dw_hh, db
+        dh_mask = none
+        if h_mask is not None and needs & NEEDS_MASK:
+            dh_mask = mask_gradient(rows, w_hh, previous_states(y, h0, flags, reverse))
+        return dx, dh0, dw_ih, dw_hh, db, dh_mask
 
 
-def rnn_bwd_(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+def rnn_bwd(*args: Any, overwrite: bool = False) -> tuple[Tensor, ...]:
+    """``(dx, dh0, dw_ih, dw_hh, db)``; arguments as of :func:`_backward`, without options."""
+    return _backward(*args, overwrite=overwrite)[:5]
+
+
+def rnn_bwd_(*args: Any) -> tuple[Tensor, ...]:
     """:func:`rnn_bwd`, free to overwrite the slopes (the argument at place 10)."""
     torch.autograd.graph.increment_version(args[10])
-    return rnn_bwd(*args, **kwargs, overwrite=True)
+    return rnn_bwd(*args, overwrite=True)
 
 
-# The operation with options. Of its arguments the launchers serve the flags so far (fastseq.ops.dispatch.SERVED), so a
-# call that comes here uses none of the others, and they can be left out.
+# The operation with options, of which fastseq.ops.dispatch.SERVED names those that a call may use here; the other
+# arguments can be left out.
 
 
 def rnn_options_fwd(*args: Any) -> tuple[Tensor, ...]:
-    """:func:`rnn_fwd` for a call of ``fastseq::rnn_options_fwd`` that uses no option but flags."""
+    """:func:`rnn_fwd` for a call of ``fastseq::rnn_options_fwd``."""
     given: Any = (*args[:7], *args[9:11], args[-1])
-    return rnn_fwd(*given)
+    return rnn_fwd(*given, h_mask=args[8])
 
 
 def rnn_options_bwd(*args: Any, overwrite: bool = False) -> tuple[Tensor, ...]:
-    """:func:`rnn_bwd` likewise; the gradients of the options are empty."""
+    """Its backward; the gradient of the reset state, which is not served, is empty."""
     given: Any = (*args[:9], *args[11:15], args[-1])
-    results = rnn_bwd(*given, overwrite=overwrite)
-    return (*results, *(results[0].new_empty(0) for _ in range(2)))
+    *plain, dh_mask = _backward(*given, h_mask=args[10], overwrite=overwrite)
+    return (*plain, dh_mask.new_empty(0), dh_mask)
 
 
 def rnn_options_bwd_(*args: Any) -> tuple[Tensor, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from fastseq.cli.bench.cases import Case
+from fastseq.cli.bench.cases import OPTION_VARIANTS, Case
 from fastseq.cli.bench.measure import Figures, Row
 from fastseq.cli.bench.results import Run
 from fastseq.cli.timing import Quantiles
@@ -21,6 +21,8 @@ SMALL = (
     Case("lstm", "first", 5, 3, 4, 6),
     Case("lstm", "step", 1, 2, 4, 6),
     Case("rnn", "training", 5, 3, 4, 6, nonlinearity="relu"),
+    Case("lstm", "training", 9, 7, 4, 6, variant="recompute"),
+    *(Case("lstm", "training", 9, 7, 4, 6, variant=variant) for variant in OPTION_VARIANTS),
 )
 
 ENVIRONMENT = {

@@ -7,6 +7,7 @@ import pytest
 from fastseq import cpu, testing
 from fastseq.cli import check
 from fastseq.cli.main import main
+from fastseq.ops import dispatch
 
 
 def test_small_subset_passes(tmp_path, capsys):
@@ -29,8 +30,13 @@ def test_everything_is_covered():
 
 @pytest.mark.parametrize("op", check.OPERATIONS)
 def test_cases_have_names_of_their_own(op):
-    names = [name for name, _ in check.cases(op)]
+    names = [name for name, _ in check.cases(op)] + [name for name, _, _ in check.option_cases(op)]
     assert len(names) == len(set(names))
+
+
+def test_every_option_has_a_case():
+    for op, options in dispatch.OPTIONS.items():
+        assert {option for _, used, _ in check.option_cases(op) for option in used} == set(options)
 
 
 @pytest.mark.parametrize("wrong", [float("nan"), 1.0])

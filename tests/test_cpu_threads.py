@@ -58,7 +58,7 @@ def test_denormals_are_flushed_inside_and_kept_outside(module: fastseq.LSTM, two
         stepped = module.step(torch.zeros(B, I), state)[1][1]
         assert torch.equal(stepped, torch.zeros_like(c_n))
     assert (denormal * 0.5).item() > 0
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="Expected hidden"):
         module(torch.zeros(T, B, I), (torch.zeros(1, B, H), torch.zeros(1, B, H + 1)))
     assert (denormal * 0.5).item() > 0
     if torch.set_flush_denormal(True):
@@ -140,6 +140,8 @@ print(min(seconds(1) for _ in range(5)), min(seconds(2) for _ in range(5)))
 def test_a_thread_whose_partner_has_no_core_gives_way() -> None:
     """Two threads on one core wait for each other at each of 300 steps: a spin until the time slice ends would take
     seconds."""
-    result = subprocess.run([sys.executable, "-c", ON_ONE_CORE], capture_output=True, text=True, timeout=300, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", ON_ONE_CORE], capture_output=True, text=True, timeout=300, check=True
+    )
     one, two = map(float, result.stdout.split())
     assert two < 5 * one + 0.1, (one, two)

@@ -34,6 +34,13 @@ def test_dry_run(tmp_path: Path) -> None:
         "barrier of 1 programs, counter",
         "barrier of 1 programs, flags",
     ]
+    assert [row["op"] for row in results["clustering"]] == [
+        "loss and gradients, freq",
+        "loss and gradients, target",
+        "assignment",
+        "nearest centre",
+    ]
+    assert all(row["ms"]["fastseq"]["median"] > 0 for row in results["clustering"])
     assert results["variants"]
     assert sorted(file.name for file in tmp_path.iterdir()) == [
         "floors.png",

@@ -7,9 +7,9 @@ import pytest
 triton = pytest.importorskip("triton", reason="triton is not installed (it is optional)")
 
 from benchmarks import triton_resources  # noqa: E402
-from benchmarks.triton_resources import CHIPS, Configuration  # noqa: E402
+from benchmarks.triton_resources import CHIPS, CLUSTERING, ClusteringConfiguration, Configuration  # noqa: E402
 from fastseq.kernels import plan  # noqa: E402
-from fastseq.kernels.ahead import TARGETS, compile_ahead  # noqa: E402
+from fastseq.kernels.ahead import TARGETS, compile_ahead, compiled_ahead  # noqa: E402
 
 ALL = triton_resources.configurations()
 # Each kernel once on each target, in half type with every option: where registers are scarcest.
@@ -21,11 +21,14 @@ QUICK = [
 ]
 
 
-def check(case: Configuration, target: str) -> None:
+CLUSTERING_ALL = triton_resources.clustering_configurations()
+
+
+def check(case: Configuration | ClusteringConfiguration, target: str) -> None:
     resources = compile_ahead(case.launch(CHIPS[target])[1], target)
     assert resources.spilled == 0, f"{case.name} for {target} spills: {resources}"
     assert resources.shared <= TARGETS[target][1], f"{case.name} does not fit {target}: {resources}"
-    if case.dtype != "float32":
+    if isinstance(case, Configuration) and case.dtype != "float32":
         assert resources.tensor_cores > 0, f"{case.name} for {target} uses no tensor cores: {resources}"
 
 
@@ -35,10 +38,28 @@ def test_each_kernel_compiles(case: Configuration, target: str) -> None:
     check(case, target)
 
 
+@pytest.mark.parametrize("kernel", CLUSTERING)
+def test_each_clustering_kernel_compiles(kernel: str) -> None:
+    check(ClusteringConfiguration(kernel, 64, 1000, "bfloat16", alpha=2.0), "sm_90")
+
+
+@pytest.mark.parametrize("kernel", ["distances", "points' gradient", "centres' gradient", "nearest centre"])
+def test_sums_stay_in_the_registers_of_their_threads(kernel: str) -> None:
+    """Within the loop no tile goes through shared memory, and what it reads it reads four numbers at a time."""
+    compiled = compiled_ahead(ClusteringConfiguration(kernel, 64, 1000, "float32").launch(plan.H100)[1], "sm_90")
+    lines = compiled.asm["ttgir"].splitlines()
+    product = next(place for place, line in enumerate(lines) if "arith.mulf" in line and "tensor<64x64xf32" in line)
+    first = max(place for place in range(product) if "scf.for" in lines[place])
+    indent = len(lines[first]) - len(lines[first].lstrip())
+    last = next(place for place in range(product, len(lines)) if lines[place].startswith(" " * indent + "}"))
+    assert not [line for line in lines[first:last] if "convert_layout" in line or "local_load" in line]
+    assert "ld.global.v4" in compiled.asm["ptx"]
+
+
 @pytest.mark.full
 @pytest.mark.parametrize(
     ("case", "target"),
-    [(case, target) for target in TARGETS for case in ALL if triton_resources.compiles(case, target)],
+    [(case, target) for target in TARGETS for case in ALL + CLUSTERING_ALL if triton_resources.compiles(case, target)],
     ids=str,
 )
 def test_every_configuration_compiles(case: Configuration, target: str) -> None:

@@ -1,4 +1,4 @@
-"""Runs ``triton_interpreted.py`` in a process of its own: whether triton interprets is settled when it is imported."""
+"""Runs ``triton_interpreted*.py`` in processes of their own: that triton interprets is settled by its import."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ pytestmark = pytest.mark.skipif(
 HERE = Path(__file__).parent
 
 
-def test_kernels_in_the_interpreter(request: pytest.FixtureRequest) -> None:
+@pytest.mark.parametrize("module", ["triton_interpreted.py", "triton_interpreted_clustering.py"])
+def test_kernels_in_the_interpreter(module: str, request: pytest.FixtureRequest) -> None:
     options = ["--full"] if request.config.getoption("--full") else []
     seed = request.config.getoption("--seed")
     options += [] if seed is None else [f"--seed={seed}"]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "triton_interpreted.py", *options],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", module, *options],
         cwd=HERE,
         env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([str(HERE.parent), *sys.path])},
         capture_output=True,
@@ -41,7 +42,7 @@ def test_triton_serves_cpu_tensors_only_in_the_interpreter() -> None:
 
 
 def test_triton_is_not_chosen_by_itself() -> None:
-    for op in dispatch.RECURRENCES:
+    for op in dispatch.OPS:
         backend, reason = dispatch.serving(op, "cuda")
         assert backend == "reference"
         assert "not been verified on a GPU" in reason

@@ -18,9 +18,7 @@ from torch import Tensor
 from fastseq import functional as F
 from fastseq.kernels import lstm as lstm_kernels
 from fastseq.kernels import plan
-from fastseq.kernels import rnn as rnn_kernels
-from fastseq.ops.flags import step_flags
-from fastseq.testing import assert_matches_reference, compare_tensor, use_implementation
+from fastseq.testing import assert_matches_reference, use_implementation
 
 DTYPES = [torch.float32, torch.float16]
 OPS = {"lstm": 4, "rnn": 1}
@@ -167,8 +165,9 @@ def test_options_that_it_does_not_serve_are_refused_and_the_rest_goes_on(op: str
         plain = getattr(F, op)(**inputs)
         with torch.no_grad():  # by the operation with options, of which it then uses none
             assert torch.equal(getattr(F, op)(**inputs, recompute=True)[0], plain[0])
-        with pytest.raises(RuntimeError, match="do not serve h_mask"):
-            getattr(F, op)(**inputs, h_mask=torch.ones_like(inputs["h0"]))
+        inputs["x"].requires_grad_()
+        with pytest.raises(RuntimeError, match="do not serve grad_clip"):
+            getattr(F, op)(**inputs, grad_clip=1.0)
 
 
 def test_empty_batch() -> None:
@@ -182,104 +181,38 @@ def test_empty_batch() -> None:
     assert torch.equal(grad, torch.zeros_like(grad))
 
 
-# The options that the launchers take and the public operations do not pass yet, against a loop in plain PyTorch.
-
-
-def lstm_with_options(
-    values: dict[str, Tensor], flags: Tensor | None, masks: dict[str, Tensor], reverse: bool, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    """y, h_n, c_n; computed in the dtype of ``values``, h rounded to ``dtype``."""
-    h, c, steps = values["h0"], values["c0"], values["x"].shape[0]
-    ys = [h] * steps
-    for t in reversed(range(steps)) if reverse else range(steps):
-        if flags is not None:
-            cut = (flags[t] & 1).bool()[:, None]
-            h, c = torch.where(cut, 0.0, h), torch.where(cut, 0.0, c)
-        z = values["x"][t] @ values["w_ih"].T + values["b_ih"] + (h * values["h_mask"]) @ values["w_hh"].T
-        a_i, a_f, a_g, a_o = (z + values["b_hh"]).chunk(4, 1)
-        p = values["peephole"]
-        c_new = torch.sigmoid(a_f + p[1] * c) * c + torch.sigmoid(a_i + p[0] * c) * torch.tanh(a_g)
-        h_new = torch.sigmoid(a_o + p[2] * c_new) * torch.tanh(c_new)
-        h_new = h_new + (h_new.to(dtype).to(h_new.dtype) - h_new).detach()
-        h_new, c_new = torch.where(masks["zoneout_h"][t], h, h_new), torch.where(masks["zoneout_c"][t], c, c_new)
-        ys[t] = h_new
-        if flags is not None:
-            pad = (flags[t] & 2).bool()[:, None]
-            ys[t] = torch.where(pad, 0.0, h_new)
-            h_new, c_new = torch.where(pad, h, h_new), torch.where(pad, c, c_new)
-        h, c = h_new, c_new
-    return torch.stack(ys), h, c
+def with_options(case: Case, op: str, dtype: torch.dtype, by_rate: bool) -> list[dict[str, Any]]:
+    """Draws that use all options that the kernels serve: zoneout by rates, or by masks."""
+    found = draws(op, case, dtype)
+    for inputs in found:
+        inputs["h_mask"] = ((torch.rand(case.B, case.H) < 0.7) / 0.75).to(dtype)
+        if op == "lstm":
+            inputs["peephole"] = torch.rand(3, case.H).to(dtype)
+            for name, rate in (("zoneout_h", 0.25), ("zoneout_c", 0.4)):
+                inputs[name] = rate if by_rate else torch.rand(case.T, case.B, case.H) < rate
+    return found
 
 
 @pytest.mark.usefixtures("poison")
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("regime", ["resident", "persistent", "step"])
-def test_masks_zoneout_and_peepholes(regime: str, dtype: torch.dtype, seed: int) -> None:
-    reverse = regime == "persistent"
-    case = Case(4, 17, 3, 20, time="lengths+reset", reverse=reverse)
-    inputs = inputs_of(case, 4, dtype)
-    flags = step_flags(inputs["lengths"], inputs["reset"], case.T, case.B, reverse, torch.device("cpu"))
-    values = {name: v for name, v in inputs.items() if isinstance(v, Tensor) and v.is_floating_point()}
-    values["h_mask"] = ((torch.rand(case.B, case.H) < 0.7) / 0.75).to(dtype)
-    values["peephole"] = torch.rand(3, case.H).to(dtype)
-    masks = {name: torch.rand(case.T, case.B, case.H) < 0.3 for name in ("zoneout_h", "zoneout_c")}
-    arriving = [torch.rand(shape).to(dtype) for shape in ((case.T, case.B, case.H), *((case.B, case.H),) * 2)]
-
-    def by_autograd(compute: torch.dtype) -> dict[str, Tensor]:
-        kept = dtype if compute != torch.float64 else torch.float64
-        leaves = {name: v.to(compute).requires_grad_(name != "h_mask") for name, v in values.items()}
-        outputs = lstm_with_options(leaves, flags, masks, reverse, kept)
-        asked = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
-        grads = torch.autograd.grad(outputs, list(asked.values()), [grad.to(compute) for grad in arriving])
-        found = dict(zip(("y", "h_n", "c_n"), outputs, strict=True)) | {
-            f"d{name}": grad for name, grad in zip(asked, grads, strict=True)
-        }
-        return {name: v.detach().to(kept) for name, v in found.items()}
-
-    truth, ref = by_autograd(torch.float64), by_autograd(torch.float32)
-    order = ("x", "h0", "c0", "w_ih", "w_hh", "b_ih", "b_hh")
-    args = [*(values[name] for name in order), None, flags]
-    options = {"h_mask": values["h_mask"], "peephole": values["peephole"], **masks}
-    with plan.override(**REGIMES[regime]):
-        y, h_n, c_n, c, gates = lstm_kernels.lstm_fwd(*args, reverse, True, **options)
-        grads = lstm_kernels.lstm_bwd(*arriving, *args, y, c, gates, reverse, 7, **options)
-    dx, dh0, dc0, dw_ih, dw_hh, db, _, dp = grads
-    got = {"y": y, "h_n": h_n, "c_n": c_n, "dx": dx, "dh0": dh0, "dc0": dc0, "dw_ih": dw_ih, "dw_hh": dw_hh}
-    got |= {"db_ih": db, "db_hh": db, "dpeephole": dp}
-    assert got.keys() == truth.keys()
-    wrong = [str(c) for name in got if not (c := compare_tensor(name, got[name], ref[name], truth[name])).ok]
-    assert not wrong, "\n".join(wrong)
+@pytest.mark.parametrize("op", OPS)
+def test_masks_zoneout_and_peepholes(op: str, regime: str, seed: int) -> None:
+    """Of the quick tier each regime in both dtypes, forwards and in reverse, zoneout by masks and by rates."""
+    for dtype, reverse in zip(DTYPES, (regime == "persistent", regime != "persistent"), strict=True):
+        case = Case(4, 17, 3, 20, time="lengths+reset", reverse=reverse)
+        given = with_options(case, op, dtype, by_rate=dtype == torch.float16)
+        with plan.override(**REGIMES[regime]):
+            assert_matches_reference(op, given, implementation="triton", seed=seed)
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("regime", ["resident", "persistent", "step"])
-def test_mask_on_the_state_of_an_elman_layer(regime: str, dtype: torch.dtype, seed: int) -> None:
-    inputs = inputs_of(Case(4, 17, 3, 20), 1, dtype)
-    values = {name: inputs[name] for name in ("x", "h0", "w_ih", "w_hh", "b_ih", "b_hh")}
-    mask = ((torch.rand(17, 20) < 0.7) / 0.75).to(dtype)
-    arriving = torch.rand(4, 17, 20).to(dtype)
-
-    def by_autograd(compute: torch.dtype) -> dict[str, Tensor]:
-        kept = dtype if compute != torch.float64 else torch.float64
-        leaves = {name: v.to(compute).requires_grad_() for name, v in values.items()}
-        h, ys = leaves["h0"], []
-        for x in leaves["x"]:
-            sums = x @ leaves["w_ih"].T + leaves["b_ih"] + (h * mask.to(compute)) @ leaves["w_hh"].T + leaves["b_hh"]
-            value = torch.tanh(sums)
-            h = value + (value.to(kept).to(compute) - value).detach()
-            ys.append(h)
-        y = torch.stack(ys)
-        grads = torch.autograd.grad(y, list(leaves.values()), arriving.to(compute))
-        found = {"y": y} | {f"d{name}": grad for name, grad in zip(leaves, grads, strict=True)}
-        return {name: v.detach().to(kept) for name, v in found.items()}
-
-    truth, ref = by_autograd(torch.float64), by_autograd(torch.float32)
-    args = [*values.values(), None]
-    with plan.override(**REGIMES[regime]):
-        y, _, slopes = rnn_kernels.rnn_fwd(*args, "tanh", False, True, h_mask=mask)
-        grads = rnn_kernels.rnn_bwd(arriving, None, *args, y, slopes, "tanh", False, 7, h_mask=mask)
-    names = ("y", "dx", "dh0", "dw_ih", "dw_hh", "db_ih", "db_hh")
-    got = dict(zip(names, (y, *grads, grads[-1]), strict=True))
-    wrong = [str(c) for name in got if not (c := compare_tensor(name, got[name], ref[name], truth[name])).ok]
-    assert not wrong, "\n".join(wrong)
+@pytest.mark.parametrize("by_rate", [False, True])
+@pytest.mark.parametrize("regime", REGIMES)
+@pytest.mark.parametrize("op", OPS)
+def test_every_regime_with_options(op: str, regime: str, by_rate: bool, dtype: torch.dtype, seed: int) -> None:
+    for case in (Case(4, 17, 3, 20, time="lengths+reset"), Case(3, 5, 4, 45, reverse=True, bias="none")):
+        with plan.override(**REGIMES[regime]):
+            given = with_options(case, op, dtype, by_rate)
+            assert_matches_reference(op, given, implementation="triton", seed=seed)

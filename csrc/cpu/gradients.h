@@ -65,9 +65,12 @@ template <typename Real>
 struct WeightGradient {
   GateGradients<Real> d;
   int64_t B;
-  Storage storage;       // of the results
-  const int32_t* valid;  // the rows that count, or null for all of them
-  int64_t valid_rows;
+  Storage storage;  // of the results
+  // Where the rows come in parts: whether to add to the sums of the parts before, and whether this is the last.
+  bool continued = false, complete = true;
+  // The rows that count, or null for all of them; not where they come in parts.
+  const int32_t* valid = nullptr;
+  int64_t valid_rows = 0;
 
   int64_t rows() const { return valid ? valid_rows : d.rows; }
   int64_t row(int64_t k) const { return valid ? valid[k] : k; }
@@ -104,12 +107,12 @@ struct WeightGradient {
         const int count = list_tiles(unit_tiles, mine.begin + part.begin, mine.begin + part.end, tiles);
         pack_left(tiles, count, k, packed);
         const Real* from = shared;
-        ((multiply(sources, tiles, count, from, packed, depth, block > 0),
+        ((multiply(sources, tiles, count, from, packed, depth, block > 0 || continued),
           from += depth * sources.columns().vectors() * kLanes<Real>),
          ...);
       }
     }
-    (store_sums(sources, mine, unit_tiles), ...);
+    if (complete) (store_sums(sources, mine, unit_tiles), ...);
     barrier.wait(threads);
   }
 

@@ -154,8 +154,10 @@ struct PreviousHidden {
   const uint8_t* flags;
   const void *y, *h0;
   const LayerOptions* options;
+  int64_t begin = 0;  // of the chunk that times are counted from
 
   const void* operator()(int64_t t, int64_t b) const {
+    t += begin;
     if (kFlags && flags[t * B + b] & kFlagReset)
       return kFlags == kWithOptions ? reset_row(options->h_reset, options->h_reset_per_step, storage, t, b, B, P)
                                     : nullptr;
@@ -218,25 +220,6 @@ struct HiddenGradient {
 
     // At the step itself.
     FASTSEQ_INLINE Vec<Real> at_step(int r, int v, Vec<Real> recurrent) const {
-      if constexpr (kFlags == kWithOptions)
-        return at_step_apart(r, v, recurrent);
-      else
-        return total_at_step(r, v, recurrent);
-    }
-    // Of the state that the next step (in processing order) read, before any padding or y is looked at.
-    FASTSEQ_INLINE Vec<Real> before_step(int r, int v, Vec<Real> recurrent) const {
-      if (!kFlags) return recurrent;
-      if constexpr (kFlags == kWithOptions) return before_step_with_options(r, v, recurrent);
-      const Vec<Real> through = next_flags && next_flags[r] & kFlagReset ? zero<Real>() : recurrent;
-      return through + load(carry + r * width + v * kLanes<Real>);
-    }
-
-   private:
-    // Out of line where it is long, or it would be copied into every tile for each of its vectors.
-    __attribute__((noinline)) Vec<Real> at_step_apart(int r, int v, Vec<Real> recurrent) const {
-      return total_at_step(r, v, recurrent);
-    }
-    FASTSEQ_INLINE Vec<Real> total_at_step(int r, int v, Vec<Real> recurrent) const {
       const int inside = lanes_inside<Real>(columns, v * kLanes<Real>);
       Vec<Real> total = recurrent;
       if (kFlags) {
@@ -262,7 +245,29 @@ struct HiddenGradient {
       }
       return total;
     }
-    __attribute__((noinline)) Vec<Real> before_step_with_options(int r, int v, Vec<Real> recurrent) const {
+    // Of the state that the next step (in processing order) read, before any padding or y is looked at.
+    FASTSEQ_INLINE Vec<Real> before_step(int r, int v, Vec<Real> recurrent) const {
+      if (!kFlags) return recurrent;
+      if constexpr (kFlags == kWithOptions) return before_step_with_options(r, v, recurrent);
+      const Vec<Real> through = next_flags && next_flags[r] & kFlagReset ? zero<Real>() : recurrent;
+      return through + load(carry + r * width + v * kLanes<Real>);
+    }
+    // The same for tiles that would have a copy of all that for each of their vectors: out of line where it is long.
+    FASTSEQ_INLINE Vec<Real> at_step_of_tile(int r, int v, Vec<Real> recurrent) const {
+      return kFlags == kWithOptions ? at_step_apart(r, v, recurrent) : at_step(r, v, recurrent);
+    }
+    FASTSEQ_INLINE Vec<Real> before_step_of_tile(int r, int v, Vec<Real> recurrent) const {
+      return kFlags == kWithOptions ? before_step_apart(r, v, recurrent) : before_step(r, v, recurrent);
+    }
+
+   private:
+    __attribute__((noinline)) Vec<Real> at_step_apart(int r, int v, Vec<Real> recurrent) const {
+      return at_step(r, v, recurrent);
+    }
+    __attribute__((noinline)) Vec<Real> before_step_apart(int r, int v, Vec<Real> recurrent) const {
+      return before_step(r, v, recurrent);
+    }
+    FASTSEQ_INLINE Vec<Real> before_step_with_options(int r, int v, Vec<Real> recurrent) const {
       const int64_t column = v * kLanes<Real>, cell = r * width + column;
       Vec<Real> through = recurrent;
       if (extra.mask && next_flags) {
@@ -330,7 +335,8 @@ struct HiddenGradOp {
   FASTSEQ_INLINE void finish(const Vec<Real> (&acc)[kRows][kVectors]) const {
     FASTSEQ_UNROLL
     for (int r = 0; r < kRows; ++r) FASTSEQ_UNROLL
-    for (int v = 0; v < kVectors; ++v) store(dh + r * dh_stride + v * kLanes<Real>, source.at_step(r, v, acc[r][v]));
+    for (int v = 0; v < kVectors; ++v)
+      store(dh + r * dh_stride + v * kLanes<Real>, source.at_step_of_tile(r, v, acc[r][v]));
   }
 };
 
@@ -348,7 +354,8 @@ struct InitialHiddenGradOp {
     for (int r = 0; r < kRows; ++r) FASTSEQ_UNROLL
     for (int v = 0; v < kVectors; ++v) {
       const int inside = lanes_inside<Real>(source.columns, v * kLanes<Real>);
-      const Vec<Real> dh = source.before_step(r, v, acc[r][v]);  // also where only the options' gradients are wanted
+      const Vec<Real> dh =
+          source.before_step_of_tile(r, v, acc[r][v]);  // also where only the options' gradients are wanted
       if (inside > 0 && dh0) store_as<Real>(storage, dh0, r * stride + v * kLanes<Real>, dh, inside);
     }
   }
@@ -387,6 +394,20 @@ struct ProjectionOp {
       store(gates + r * gates_stride + v * vector_stride, acc[r][v] + load(bias + v * vector_stride));
   }
 };
+
+// The sum of both biases, [gates, tape_width(H)] in the arithmetic type; either may be null.
+template <typename Real>
+void load_bias(Storage storage, const void* b_ih, const void* b_hh, int64_t gates, int64_t H, Real* to) {
+  const int64_t width = tape_width(H);
+  for (int64_t gate = 0; gate < gates; ++gate, to += width) {
+    load_rows<Real>(storage, b_ih ? at(b_ih, storage, gate * H) : nullptr, 0, to, width, 1, H);
+    if (b_hh)
+      for (int64_t n = 0; n < width; n += kLanes<Real>) {
+        const int inside = lanes_inside<Real>(H, n);
+        if (inside) store(to + n, load(to + n) + load_as<Real>(storage, b_hh, gate * H + n, inside));
+      }
+  }
+}
 
 // Runs the input projection of a chunk of time, step by step or, where the batch is smaller than a tile, over all rows
 // at once.

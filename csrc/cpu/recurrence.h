@@ -8,8 +8,7 @@
 #pragma once
 
 #include "gradients.h"
-#include "lstm.h"
-#include "rnn.h"
+#include "recompute.h"
 
 namespace fastseq {
 namespace {
@@ -73,15 +72,7 @@ class RecurrentForward {
     hidden_.prepare(p_.h0);
     if (peephole_) load_rows<Real>(p_.storage, p_.options->peephole, p_.H, peephole_, width_, 3, p_.H);
     if (Cell::kHasC) load_rows<Real>(p_.storage, p_.c0, p_.H, c_, width_, p_.B, p_.H);
-    for (int64_t gate = 0; gate < Cell::kGates; ++gate) {
-      Real* to = bias_ + gate * width_;
-      load_rows<Real>(p_.storage, p_.b_ih ? at(p_.b_ih, p_.storage, gate * p_.H) : nullptr, 0, to, width_, 1, p_.H);
-      if (p_.b_hh)
-        for (int64_t n = 0; n < width_; n += kLanes<Real>) {
-          const int inside = lanes_inside<Real>(p_.H, n);
-          if (inside) store(to + n, load(to + n) + load_as<Real>(p_.storage, p_.b_hh, gate * p_.H + n, inside));
-        }
-    }
+    load_bias<Real>(p_.storage, p_.b_ih, p_.b_hh, Cell::kGates, p_.H, bias_);
   }
 
   void work(int thread, int threads) {
@@ -212,6 +203,7 @@ class RecurrentBackward {
         dh_stride_(gates_width(p.P, 1)),
         vectors_(width_ / kLanes<Real>),
         out_vectors_(tape_width(p.P) / kLanes<Real>),
+        chunk_(recomputes() ? Recompute<Cell, Real, kFlags>::steps(p.T, p.B) : p.T),
         threads_(useful_threads(p.threads, p.T * p.B * Cell::kGates * p.H * (p.I + p.P), batch_.count(), vectors_)) {}
 
   int threads() const { return threads_; }
@@ -233,16 +225,17 @@ class RecurrentBackward {
                nullptr,
                nullptr,
                p_.options,
-               previous_hidden(),
+               previous_hidden(0),
                nullptr,
                nullptr,
                nullptr};
+    gates_ = static_cast<const Real*>(p_.gates), dgates_ = static_cast<Real*>(p_.dgates);
     const int64_t hidden = B * hidden_.width(p_.P);
     if (kFlags)
       hidden_.carry = carver.take<Real>(hidden);
     else if (p_.grad_h_n)
       hidden_.last = carver.take<Real>(hidden);
-    if (kFlags == kWithOptions) {
+    if constexpr (kFlags == kWithOptions) {
       const LayerOptions& options = *p_.options;
       if (options.h_mask) hidden_.mask = carver.take<Real>(hidden);
       if (options.dh_mask) hidden_.dmask = carver.take<Real>(hidden);
@@ -250,11 +243,33 @@ class RecurrentBackward {
       if (options.dc_reset && !options.c_reset_per_step) dc_reset_ = carver.take<Real>(B * width_);
       if (options.peephole) peephole_ = carver.take<Real>(3 * width_);
       if (options.dpeephole) dpeephole_ = carver.take<Real>(batch_.count() * 3 * width_);
+      if (recomputes()) {
+        gates_ = dgates_ = carver.take<Real>(chunk_ * B * gates_stride_);
+        edge_ = carver.take<Real>(B * gates_stride_);
+        again_ = {p_.storage,
+                  p_.activation,
+                  clock_,
+                  B,
+                  p_.I,
+                  p_.H,
+                  p_.P,
+                  {p_.storage, p_.x, p_.x_stride_t, p_.x_stride_b},
+                  previous_hidden(0),
+                  hidden_.mask,
+                  static_cast<const Real*>(p_.c),
+                  c0_,
+                  peephole_,
+                  p_.options,
+                  carver.take<Real>(K * p_.I),
+                  carver.take<Real>(K * p_.P),
+                  carver.take<Real>(K),
+                  carver.take<Real>(threads_ * again_.staged_numbers(p_.I, p_.H, p_.P))};
+      }
     }
     if (p_.w_hr) {
       w_hr_ = carver.take<Real>(p_.P * width_);
-      dh_ = carver.take<Real>(T * B * dh_stride_);
-      unprojected_ = carver.take<Real>(T * B * width_);
+      dh_ = carver.take<Real>(chunk_ * B * dh_stride_);
+      unprojected_ = carver.take<Real>(chunk_ * B * width_);
     }
     if (p_.dx) {
       w_ = carver.take<Real>(K * round_up(p_.I, n));
@@ -269,7 +284,7 @@ class RecurrentBackward {
         sums_hh_ = carver.take<Real>(Cell::kGates * p_.H * p_.P);
         if (p_.w_hr) sums_hr_ = carver.take<Real>(p_.P * p_.H);
       }
-      if (kFlags && p_.flags) valid_ = carver.take<int32_t>(T * B);
+      if (kFlags && p_.flags && !recomputes()) valid_ = carver.take<int32_t>(T * B);
       if (p_.db) db_ = carver.take<Real>(batch_.count() * K);
     }
     progress_stride_ = round_up(batch_.count(), 8);
@@ -306,29 +321,27 @@ class RecurrentBackward {
     if (p_.dx)
       pack_plain<Real>(p_.storage, p_.w_ih, Cell::kGates, p_.H, width_, p_.I, inputs, split(width_, threads, thread),
                        w_);
+    if constexpr (kFlags == kWithOptions)
+      if (recomputes()) again_.pack(p_.w_ih, p_.w_hh, thread, threads);
     barrier_.wait(threads);
-    if (!team.idle()) through_time(team);
-    barrier_.wait(threads);
-
-    const GateGradients<Real> d{
-        static_cast<const Real*>(p_.dgates), gates_stride_, Cell::kGates, p_.H, width_, p_.T * p_.B};
-    if (p_.dx)
-      InputGradient<Real>{d, p_.storage, p_.I, w_, p_.dx, kFlags ? p_.flags : nullptr}.run(
-          block_ + thread * InputGradient<Real>::block_numbers(), thread, threads);
-    if (!weights()) return;
-    const WeightGradient<Real> gradient{d, p_.B, p_.storage, valid_, valid_rows_};
-    Real* packed = packed_ + thread * WeightGradient<Real>::packed_numbers();
-    gradient.run(
-        panels_, packed, thread, threads, barrier_,
-        row_source(p_.storage, p_.I, InputRows{p_.storage, p_.x, p_.x_stride_t, p_.x_stride_b}, p_.dw_ih, sums_ih_),
-        row_source(p_.storage, p_.P, previous_hidden(), p_.dw_hh, sums_hh_, hidden_.mask, hidden_.width(p_.P)));
-    if (p_.w_hr) {
-      constexpr Storage kPlain = sizeof(Real) == 8 ? Storage::kFloat64 : Storage::kFloat32;
-      const WeightGradient<Real> projection{
-          {dh_, dh_stride_, 1, p_.P, tape_width(p_.P), p_.T * p_.B}, p_.B, p_.storage, valid_, valid_rows_};
-      projection.run(
-          panels_, packed, thread, threads, barrier_,
-          row_source(kPlain, p_.H, InputRows{kPlain, unprojected_, p_.B * width_, width_}, p_.dw_hr, sums_hr_));
+    int64_t phase = 0;
+    for (int64_t last = p_.T; last > 0; last -= chunk_) {
+      const int64_t first = last > chunk_ ? last - chunk_ : 0;
+      const Chunk chunk{first, last, p_.reverse ? clock_.time(last - 1) : first};
+      if constexpr (kFlags == kWithOptions)
+        if (recomputes()) {
+          again_.run(chunk, dgates_, gates_stride_, thread, threads);
+          barrier_.wait(threads);
+        }
+      if (!team.idle()) through_time(team, chunk, phase);
+      barrier_.wait(threads);
+      large_products(chunk, thread, threads);
+      if (kFlags == kWithOptions && first > 0) {
+        const Range rows = split(p_.B, threads, thread);
+        memcpy(edge_ + rows.begin * gates_stride_, dgates_at(first, chunk) + rows.begin * gates_stride_,
+               static_cast<size_t>((rows.end - rows.begin) * gates_stride_) * sizeof(Real));
+        barrier_.wait(threads);
+      }
     }
   }
 
@@ -348,8 +361,8 @@ class RecurrentBackward {
 
  private:
   bool weights() const { return p_.dw_hh != nullptr; }
-  PreviousHidden<kFlags> previous_hidden() const {
-    return {p_.storage, clock_, p_.B, p_.P, flags_, p_.y, p_.h0, p_.options};
+  PreviousHidden<kFlags> previous_hidden(int64_t begin) const {
+    return {p_.storage, clock_, p_.B, p_.P, flags_, p_.y, p_.h0, p_.options, begin};
   }
 
   void prepare_options() {
@@ -360,51 +373,93 @@ class RecurrentBackward {
     if (hidden_.dmask) memset(hidden_.dmask, 0, hidden);
     if (hidden_.dreset) memset(hidden_.dreset, 0, hidden);
     if (dc_reset_) memset(dc_reset_, 0, static_cast<size_t>(p_.B * width_) * sizeof(Real));
+    if constexpr (kFlags == kWithOptions)
+      if (recomputes()) load_bias<Real>(p_.storage, options.b_ih, options.b_hh, Cell::kGates, p_.H, again_.bias);
     if (peephole_) load_rows<Real>(p_.storage, options.peephole, p_.H, peephole_, width_, 3, p_.H);
     if (dpeephole_) memset(dpeephole_, 0, static_cast<size_t>(batch_.count() * 3 * width_) * sizeof(Real));
   }
 
-  void through_time(const Team& team) const {
+  bool recomputes() const { return kFlags == kWithOptions && p_.options->recompute; }
+
+  // The gradients of the input and the weights from a chunk, added to those of the chunks before.
+  void large_products(const Chunk& chunk, int thread, int threads) {
+    const int64_t rows = (chunk.last - chunk.first) * p_.B;
+    const bool continued = chunk.last < p_.T, complete = chunk.first == 0;
+    const GateGradients<Real> d{dgates_, gates_stride_, Cell::kGates, p_.H, width_, rows};
+    if (p_.dx)
+      InputGradient<Real>{d,
+                          p_.storage,
+                          p_.I,
+                          w_,
+                          at(p_.dx, p_.storage, chunk.begin * p_.B * p_.I),
+                          kFlags && p_.flags ? p_.flags + chunk.begin * p_.B : nullptr}
+          .run(block_ + thread * InputGradient<Real>::block_numbers(), thread, threads);
+    if (!weights()) return;
+    const WeightGradient<Real> gradient{d, p_.B, p_.storage, continued, complete, valid_, valid_rows_};
+    Real* packed = packed_ + thread * WeightGradient<Real>::packed_numbers();
+    const InputRows x{p_.storage, at(p_.x, p_.storage, chunk.begin * p_.x_stride_t), p_.x_stride_t, p_.x_stride_b};
+    gradient.run(panels_, packed, thread, threads, barrier_, row_source(p_.storage, p_.I, x, p_.dw_ih, sums_ih_),
+                 row_source(p_.storage, p_.P, previous_hidden(chunk.begin), p_.dw_hh, sums_hh_, hidden_.mask,
+                            hidden_.width(p_.P)));
+    if (p_.w_hr) {
+      constexpr Storage kPlain = sizeof(Real) == 8 ? Storage::kFloat64 : Storage::kFloat32;
+      const WeightGradient<Real> projection{{dh_, dh_stride_, 1, p_.P, tape_width(p_.P), rows},
+                                            p_.B,
+                                            p_.storage,
+                                            continued,
+                                            complete,
+                                            valid_,
+                                            valid_rows_};
+      projection.run(
+          panels_, packed, thread, threads, barrier_,
+          row_source(kPlain, p_.H, InputRows{kPlain, unprojected_, p_.B * width_, width_}, p_.dw_hr, sums_hr_));
+    }
+  }
+
+  void through_time(const Team& team, const Chunk& chunk, int64_t& phase) const {
     const Range outs = team.slice(out_vectors_), units = team.slice(vectors_);
-    int64_t phase = 0;
-    for (int64_t step = p_.T - 1; step >= 0; --step) {
+    for (int64_t step = chunk.last - 1; step >= chunk.first; --step) {
       if (p_.w_hr)
         team.sweep(phase++, {outs.begin, outs.end},
-                   [&](const Panel& panel, int64_t tile) { hidden(step, panel, tile); });
-      team.sweep(phase++, {units.begin, units.end}, [&](const Panel& panel, int64_t tile) { cell(step, panel, tile); });
+                   [&](const Panel& panel, int64_t tile) { hidden(step, chunk, panel, tile); });
+      team.sweep(phase++, {units.begin, units.end},
+                 [&](const Panel& panel, int64_t tile) { cell(step, chunk, panel, tile); });
     }
+    if (chunk.first > 0) return;
     const bool of_options = kFlags == kWithOptions && (p_.options->dh_mask || p_.options->dh_reset);
     if (p_.dh0 || of_options)
-      team.sweep(phase++, {outs.begin, outs.end}, [&](const Panel& panel, int64_t tile) { initial(panel, tile); });
+      team.sweep(phase++, {outs.begin, outs.end},
+                 [&](const Panel& panel, int64_t tile) { initial(chunk, panel, tile); });
   }
 
   // dgates_{t+1} R for the rows of a tile: no product at the last step.
-  Product<Real> recurrent(int64_t step, const Panel& panel, int64_t tile) const {
+  Product<Real> recurrent(int64_t step, const Chunk& chunk, const Panel& panel, int64_t tile) const {
     if (step == p_.T - 1) return {nullptr, 0, nullptr, 0, 0};
     const int64_t row = batch_.first(tile);
     // On padding the gates' gradients are zero.
     if (kFlags && all_padding(flags_ + clock_.time(step + 1) * p_.B + row, batch_.height(tile)))
       return {nullptr, 0, nullptr, 0, 0};
     const int64_t K = Cell::kGates * width_;
-    return {r_ + panel.first * kLanes<Real> * K, K, dgates_at(step + 1) + row * gates_stride_, gates_stride_,
-            chain_for<Real>(p_.P)};
+    const Real* after = step + 1 == chunk.last ? edge_ : dgates_at(step + 1, chunk);
+    return {r_ + panel.first * kLanes<Real> * K, K, after + row * gates_stride_, gates_stride_, chain_for<Real>(p_.P)};
   }
-  Real* dgates_at(int64_t step) const {
-    return static_cast<Real*>(p_.dgates) + clock_.time(step) * p_.B * gates_stride_;
-  }
+  // Gates and their gradients lie chunk by chunk.
+  int64_t in_chunk(int64_t step, const Chunk& chunk) const { return (clock_.time(step) - chunk.begin) * p_.B; }
+  Real* dgates_at(int64_t step, const Chunk& chunk) const { return dgates_ + in_chunk(step, chunk) * gates_stride_; }
   const Real* c_at(int64_t step) const {
     return step < 0 ? c0_ : static_cast<const Real*>(p_.c) + clock_.time(step) * p_.B * width_;
   }
 
-  void hidden(int64_t step, const Panel& panel, int64_t tile) const {
+  void hidden(int64_t step, const Chunk& chunk, const Panel& panel, int64_t tile) const {
     const int64_t row = batch_.first(tile), column = panel.first * kLanes<Real>;
     const HiddenGradOp<Real, kFlags> op{hidden_.source(step, row, column),
-                                        dh_ + (clock_.time(step) * p_.B + row) * dh_stride_ + column, dh_stride_};
-    run_tile<Chains::kSide, ALayout::kRows, Real>(batch_.height(tile), panel.vectors, op, recurrent(step, panel, tile));
+                                        dh_ + (in_chunk(step, chunk) + row) * dh_stride_ + column, dh_stride_};
+    run_tile<Chains::kSide, ALayout::kRows, Real>(batch_.height(tile), panel.vectors, op,
+                                                  recurrent(step, chunk, panel, tile));
   }
-  void cell(int64_t step, const Panel& panel, int64_t tile) const {
+  void cell(int64_t step, const Chunk& chunk, const Panel& panel, int64_t tile) const {
     const int64_t t = clock_.time(step), row = batch_.first(tile), column = panel.first * kLanes<Real>;
-    const int64_t gate = row * gates_stride_ + column;
+    const int64_t gate = row * gates_stride_ + column, rows = in_chunk(step, chunk);
     Real* db = db_ ? db_ + tile * Cell::kGates * width_ + column : nullptr;
     if constexpr (Cell::kHasC) {
       const uint8_t* flags = kFlags ? flags_ + t * p_.B + row : nullptr;
@@ -412,8 +467,8 @@ class RecurrentBackward {
       const bool projected = p_.w_hr != nullptr;
       LstmCellGradOp<Real, kFlags> op{projected,
                                       projected ? Source{} : hidden_.source(step, row, column),
-                                      static_cast<const Real*>(p_.gates) + t * p_.B * gates_stride_ + gate,
-                                      dgates_at(step) + gate,
+                                      gates_ + rows * gates_stride_ + gate,
+                                      dgates_at(step, chunk) + gate,
                                       gates_stride_,
                                       width_,
                                       c_at(step) + cell,
@@ -421,27 +476,27 @@ class RecurrentBackward {
                                       dc_ + cell,
                                       width_,
                                       db,
-                                      projected ? unprojected_ + t * p_.B * width_ + cell : nullptr,
+                                      projected ? unprojected_ + rows * width_ + cell : nullptr,
                                       flags,
                                       {}};
       if constexpr (kFlags == kWithOptions) op.extra = cell_grad_options(t, tile, column);
       run_tile<Chains::kSide, ALayout::kRows, Real>(
           batch_.height(tile), panel.vectors, op,
-          projected ? Product<Real>{w_hr_ + column * p_.P, p_.P, dh_ + (t * p_.B + row) * dh_stride_, dh_stride_}
-                    : recurrent(step, panel, tile));
+          projected ? Product<Real>{w_hr_ + column * p_.P, p_.P, dh_ + (rows + row) * dh_stride_, dh_stride_}
+                    : recurrent(step, chunk, panel, tile));
     } else {
-      const ElmanGradOp<Real, kFlags> op{hidden_.source(step, row, column),
-                                         static_cast<const Real*>(p_.gates) + t * p_.B * gates_stride_ + gate,
-                                         dgates_at(step) + gate, gates_stride_, db};
+      const ElmanGradOp<Real, kFlags> op{hidden_.source(step, row, column), gates_ + rows * gates_stride_ + gate,
+                                         dgates_at(step, chunk) + gate, gates_stride_, db};
       run_tile<Chains::kSide, ALayout::kRows, Real>(batch_.height(tile), panel.vectors, op,
-                                                    recurrent(step, panel, tile));
+                                                    recurrent(step, chunk, panel, tile));
     }
   }
-  void initial(const Panel& panel, int64_t tile) const {
+  void initial(const Chunk& chunk, const Panel& panel, int64_t tile) const {
     const int64_t row = batch_.first(tile), column = panel.first * kLanes<Real>;
     const InitialHiddenGradOp<Real, kFlags> op{hidden_.source(-1, row, column), p_.storage,
                                                p_.dh0 ? at(p_.dh0, p_.storage, row * p_.P + column) : nullptr, p_.P};
-    run_tile<Chains::kSide, ALayout::kRows, Real>(batch_.height(tile), panel.vectors, op, recurrent(-1, panel, tile));
+    run_tile<Chains::kSide, ALayout::kRows, Real>(batch_.height(tile), panel.vectors, op,
+                                                  recurrent(-1, chunk, panel, tile));
   }
 
   CellGradOptions<Real> cell_grad_options(int64_t t, int64_t tile, int64_t column) const {
@@ -465,7 +520,7 @@ class RecurrentBackward {
   const BackwardParams& p_;
   Clock clock_;
   RowTiles batch_;
-  int64_t width_, gates_stride_, dh_stride_, vectors_, out_vectors_;
+  int64_t width_, gates_stride_, dh_stride_, vectors_, out_vectors_, chunk_;
   int threads_;
   Real *r_ = nullptr, *w_ = nullptr, *w_hr_ = nullptr, *dc_ = nullptr, *c0_ = nullptr, *dh_ = nullptr;
   Real *unprojected_ = nullptr, *block_ = nullptr, *panels_ = nullptr, *packed_ = nullptr;
@@ -474,7 +529,10 @@ class RecurrentBackward {
   int64_t* progress_ = nullptr;
   const uint8_t* flags_ = nullptr;
   uint8_t* no_flags_ = nullptr;  // zeros, where there are options and no flags
-  int32_t* valid_ = nullptr;     // the rows of T * B that are no padding, where there may be some
+  const Real* gates_ = nullptr;
+  Real *dgates_ = nullptr, *edge_ = nullptr;  // edge_: of the first step of the chunk that is done, when recomputing
+  WithOptions<kFlags, Recompute<Cell, Real, kFlags>> again_{};
+  int32_t* valid_ = nullptr;  // the rows of T * B that are no padding, where there may be some
   int64_t valid_rows_ = 0;
   Real *dc_reset_ = nullptr, *peephole_ = nullptr, *dpeephole_ = nullptr;
   HiddenGradient<Real, kFlags> hidden_{};

@@ -81,7 +81,7 @@ struct ElmanGradOp {
       for (int r = 0; r < kRows; ++r) {
         // On padding the source gives zero, and with it this step's gradient is zero.
         const int64_t at = r * stride + v * kLanes<Real>;
-        const Vec<Real> gradient = source.at_step(r, v, acc[r][v]) * load(slopes + at);
+        const Vec<Real> gradient = source.at_step_of_tile(r, v, acc[r][v]) * load(slopes + at);
         store(dgates + at, gradient);
         sum = sum + gradient;
       }

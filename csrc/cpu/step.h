@@ -160,16 +160,16 @@ class Step {
       const Real* before = c_ ? c_ : static_cast<const Real*>(p_.c);
       Real* now = c_ ? c_ : static_cast<Real*>(p_.c_n);
       const LstmCellOp<Real, kNoFlags> op{gates,
-                                       nullptr,
-                                       stride,
-                                       n,
-                                       before + place,
-                                       now + place,
-                                       width_,
-                                       unprojected_ ? unprojected_ + row * width_ + column : nullptr,
-                                       unprojected_ ? Sink{} : sink(layer, row, column),
-                                       nullptr,
-                                       {}};
+                                          nullptr,
+                                          stride,
+                                          n,
+                                          before + place,
+                                          now + place,
+                                          width_,
+                                          unprojected_ ? unprojected_ + row * width_ + column : nullptr,
+                                          unprojected_ ? Sink{} : sink(layer, row, column),
+                                          nullptr,
+                                          {}};
       Cell::template run<Chains::kSide, Real>(rows, panel, op, product);
     } else {
       const ElmanCellOp<Real, kNoFlags> op{p_.shape.activation, gates, nullptr, stride, sink(layer, row, column)};

@@ -116,6 +116,44 @@ def recurrence_cases(op: str) -> Cases:
         yield "sigmoid", inputs(9, 5, 24, 33, nonlinearity="sigmoid")
 
 
+def option_cases(op: str) -> Iterator[tuple[str, tuple[str, ...], list[dict[str, Any]]]]:
+    """Name, options of :data:`fastseq.ops.dispatch.OPTIONS`, and draws of inputs, of each option of a recurrence."""
+    if op not in RECURRENCES:
+        return
+    T, B, H = 9, 5, 33
+    generator = torch.Generator().manual_seed(1)
+
+    def random(*shape: int) -> Tensor:
+        return torch.rand(shape, generator=generator, dtype=torch.float64) * 2 - 1
+
+    plain = next(draws for name, draws in recurrence_cases(op) if name == "lengths, resets, reverse")
+    states = (random(B, H), random(B, H)) if op == "lstm" else random(B, H)
+    per_step = (random(T, B, H), random(T, B, H)) if op == "lstm" else random(T, B, H)
+    given: list[tuple[str, str, dict[str, Any]]] = [
+        ("reset_state", "reset state", {"reset_state": states}),
+        ("reset_state", "reset states of every step", {"reset_state": per_step}),
+        ("h_mask", "recurrent dropout", {"h_mask": (random(B, H) < 0.4).double() / 0.7}),
+        ("grad_clip", "gradient clip", {"grad_clip": 0.3}),
+        ("recompute", "recompute", {"recompute": True}),
+    ]
+    if op == "lstm":
+        masks = {name: random(T, B, H) < -0.4 for name in ("zoneout_h", "zoneout_c")}
+        norms = {"weight_ln_c": random(H), "bias_ln_c": random(H)}
+        haste = {name: random(4 * H) for name in ("weight_ln_ih", "weight_ln_hh")}
+        torchaudio = {name: random(4 * H) for name in ("weight_ln_gates", "bias_ln_gates")}
+        given += [
+            ("zoneout", "zoneout", masks),
+            ("zoneout", "zoneout, expected", {"zoneout_h": 0.3, "zoneout_c": 0.2}),
+            ("peephole", "peepholes", {"peephole": random(3, H)}),
+            ("cell_clip", "cell clip", {"cell_clip": 0.3}),
+            ("return_states", "all states", {"return_states": True}),
+            ("layer_norm", "layer normalisation, haste", haste | norms),
+            ("layer_norm", "layer normalisation, torchaudio", torchaudio | norms),
+        ]
+    for option, name, arguments in given:
+        yield name, (option, "lengths", "reset"), [draw | arguments for draw in plain]
+
+
 def clustering_cases(op: str) -> Cases:
     """Plain, odd sizes, one of everything, other degrees of freedom, a target and frequencies."""
     generator = torch.Generator().manual_seed(0)
@@ -169,8 +207,13 @@ def examine(target: Target) -> Outcome:
     from fastseq import cpu, testing
 
     outcome = Outcome(target)
+    of_options = [
+        (name, inputs)
+        for name, options, inputs in option_cases(target.op)
+        if target.implementation in testing.implementations(target.op, options=options)
+    ]
     with cpu.use_isa(target.isa) if target.isa is not None else nullcontext():
-        for name, inputs in cases(target.op):
+        for name, inputs in (*cases(target.op), *of_options):
             outcome.cases += 1
             try:
                 comparisons = testing.compare(

@@ -58,13 +58,14 @@ SERVED = {
             "peephole",
             "cell_clip",
             "grad_clip",
+            "recompute",
             "return_states",
         )
     ),
-    ("cpp", "rnn"): frozenset(("lengths", "reset", "reset_state", "h_mask", "grad_clip")),
-    ("triton", "lstm"): frozenset(("lengths", "reset")),
-    ("triton", "rnn"): frozenset(("lengths", "reset")),
-}
+    ("cpp", "rnn"): frozenset(OPTIONS["rnn"]),
+    ("triton", "lstm"): frozenset(("lengths", "reset", "h_mask", "zoneout", "peephole")),
+    ("triton", "rnn"): frozenset(("lengths", "reset", "h_mask")),
+} | {("triton", op): frozenset[str]() for op in OPS if op not in RECURRENCES}
 
 _NAMES = {"cpp": "C++", "triton": "Triton", "cuda": "CUDA"}
 
@@ -136,8 +137,9 @@ def serving(op: str, device: str = "cpu", options: Iterable[str] = ()) -> tuple[
         if option not in OPTIONS.get(op, ()):
             raise ValueError(f"options: expected some of {', '.join(OPTIONS.get(op, ()))}, got {option!r}")
     if _forced is not None:
-        note = "; resident, persistent or step by shape; not verified on a GPU yet" if _forced == "triton" else ""
-        return _choose(device, op, options), "forced" + note
+        note = "; not verified on a GPU yet" if _forced == "triton" else ""
+        regime = "; resident, persistent or step by shape" if note and op in RECURRENCES else ""
+        return _choose(device, op, options), "forced" + regime + note
     reason = why_not("cpp", device, op, options)
     if reason is None:
         return "cpp", f"C++ kernels, {cpu.isa()}"
@@ -196,28 +198,32 @@ def register_kernels(
     options_used: Callable[..., Sequence[str]] | None = None,
 ) -> None:
     """Registers the kernels of ``fastseq::name``: ``reference`` for every device, ``cpp`` beside it for the CPU, and
-    the Triton launcher of the same name, which is imported when it is first wanted.
+    the Triton launcher of the same name, which is imported when it is first wanted. Where the reference itself is the
+    kernel for the CPU, it is for all.
 
     ``op`` is the operation it belongs to, and ``options_used`` tells from the arguments of a call which options of it
     are used.
     """
 
+    def triton(*args: Any) -> Any:
+        return reference(*args) if cpp is reference else _triton_launcher(name)(*args)
+
     def for_cpu(*args: Any) -> Any:
         chosen = _choose("cpu", op)
         if chosen == "triton":
-            return _triton_launcher(name)(*args)
+            return triton(*args)
         return cpp(*args) if chosen == "cpp" else reference(*args)
 
     def for_cpu_by_options(*args: Any) -> Any:
         assert options_used is not None
         chosen = _choose("cpu", op, options_used(*args))
         if chosen == "triton":
-            return _triton_launcher(name)(*args)
+            return triton(*args)
         return cpp(*args) if chosen == "cpp" else reference(*args)
 
     def for_cuda(*args: Any) -> Any:
         used = () if options_used is None else options_used(*args)
-        return _triton_launcher(name)(*args) if _choose("cuda", op, used) == "triton" else for_others(*args)
+        return triton(*args) if _choose("cuda", op, used) == "triton" else for_others(*args)
 
     def for_others(*args: Any) -> Any:
         device = next(arg for arg in args if isinstance(arg, Tensor)).device.type
@@ -233,5 +239,6 @@ def register_kernels(
 @functools.cache
 def _triton_launcher(name: str) -> Callable[..., Any]:
     """``lstm_fwd`` of :mod:`fastseq.kernels.lstm`, and so on."""
-    launcher: Callable[..., Any] = getattr(importlib.import_module(f"fastseq.kernels.{name.partition('_')[0]}"), name)
+    stem = name.removesuffix("_").removesuffix("_fwd").removesuffix("_bwd").removesuffix("_options")
+    launcher: Callable[..., Any] = getattr(importlib.import_module(f"fastseq.kernels.{stem}"), name)
     return launcher

@@ -13,7 +13,20 @@ MODES = ("forward", "training", "first", "step")
 #   packed    the same sequences, code unchanged: both libraries pack the padded batch and pad the result
 #   reset     episodes that start within a sequence; fastseq takes `reset`, the peer is a loop over steps with torch.nn
 #   autocast  float32 layers under torch.autocast("cpu", bfloat16)
-VARIANTS = ("plain", "lengths", "packed", "reset", "autocast")
+#   recompute fastseq keeps no gates for the backward; the peer is torch.nn's plain layer
+# and these of one LSTM layer, as fastseq.functional.lstm takes them; the peer is the loop over steps in PyTorch's own
+# operations that they replace (fastseq.reference.lstm):
+#   reset_state, recurrent_dropout, zoneout, peephole, cell_clip, grad_clip, layer_norm (torchaudio's)
+OPTION_VARIANTS = (
+    "reset_state",
+    "recurrent_dropout",
+    "zoneout",
+    "peephole",
+    "cell_clip",
+    "grad_clip",
+    "layer_norm",
+)
+VARIANTS = ("plain", "lengths", "packed", "reset", "autocast", "recompute", *OPTION_VARIANTS)
 
 MEAN_LENGTH = 0.62  # of T, where lengths are uneven
 RESET_PROBABILITY = 0.02  # per step and sequence
@@ -45,7 +58,8 @@ class Case:
         if self.proj_size:
             notes.append(f"proj_size {self.proj_size}")
         if self.variant != "plain":
-            notes.append({"lengths": "uneven lengths", "autocast": "bfloat16 autocast"}.get(self.variant, self.variant))
+            named = {"lengths": "uneven lengths", "autocast": "bfloat16 autocast"}
+            notes.append(named.get(self.variant, self.variant.replace("_", " ")))
         return ", ".join(notes)
 
     @property
@@ -133,6 +147,10 @@ def _cases() -> Iterator[Case]:
         yield from (replace(special, mode="forward"), special)
     yield replace(standard, variant="packed")
     yield replace(standard, variant="reset")
+    yield replace(standard, variant="recompute")
+    yield from (replace(standard, variant=variant) for variant in OPTION_VARIANTS)
+    yield Case("lstm", "training", 4096, 16, 256, 256)
+    yield Case("lstm", "training", 4096, 16, 256, 256, variant="recompute")
     for elman in (
         Case("rnn", "training", 128, 32, 256, 256),
         Case("rnn", "training", 128, 32, 256, 256, nonlinearity="relu"),

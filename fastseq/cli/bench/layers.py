@@ -1,6 +1,7 @@
 """Providers that are PyTorch layers: torch.nn, fastseq, and torch.compile of the reference."""
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -89,6 +90,22 @@ class FastseqRunner(LayerRunner):
         return result
 
 
+class OptionRunner(LayerRunner):
+    """One LSTM layer with the problem's options, by ``fastseq.functional.lstm`` or by the loop of the reference."""
+
+    def __init__(self, problem: Problem, layer: nn.Module, loop: bool = False) -> None:
+        super().__init__(problem, layer)
+        from fastseq import functional, reference
+
+        self.function = reference.lstm if loop else functional.lstm
+
+    def output(self, input: Tensor) -> Tensor:
+        """The output, from zero states."""
+        assert self.problem.options is not None
+        zeros = input.new_zeros(input.shape[1], self.problem.case.H)
+        return self.function(input, zeros, zeros, *self.parameters, **self.problem.options)[0]
+
+
 class StepRunner(FastseqRunner):
     """fastseq's streaming step, which keeps its packed weights from call to call."""
 
@@ -115,6 +132,8 @@ class TorchNN:
 
     def runner(self, problem: Problem) -> Runner:
         """The layer itself, or the loop or the packing around it that the case takes with ``torch.nn``."""
+        if problem.options is not None:
+            return OptionRunner(problem, problem.layer, loop=True)
         kinds = {"lengths": PackingRunner, "packed": PackingRunner, "reset": LoopRunner}
         return kinds.get(problem.case.variant, LayerRunner)(problem, problem.layer)
 
@@ -135,6 +154,8 @@ class Fastseq:
 
     def runner(self, problem: Problem) -> Runner:
         """The converted layer."""
+        if problem.options is not None:
+            return OptionRunner(problem, problem.layer)
         layer = converted(problem)
         if problem.case.mode == "step" and hasattr(layer, "step"):
             return StepRunner(problem, layer)
@@ -189,9 +210,13 @@ def converted(problem: Problem) -> nn.Module:
     import fastseq
 
     layer: nn.Module = fastseq.convert(copy.deepcopy(problem.layer))
+    recurrent: Any = layer
+    recurrent.recompute = problem.case.variant == "recompute"
     return layer
 
 
 def reference_runner(problem: Problem) -> Runner:
     """What :func:`fastseq.cli.bench.problem.verify` runs under the reference implementation."""
+    if problem.options is not None:
+        return OptionRunner(problem, problem.layer)
     return FastseqRunner(problem, converted(problem))

@@ -2,14 +2,15 @@
 
 import contextlib
 import copy
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from fastseq.cli.bench.cases import MEAN_LENGTH, RESET_PROBABILITY, Case
+from fastseq.cli.bench.cases import MEAN_LENGTH, OPTION_VARIANTS, RESET_PROBABILITY, Case
 
 CHECKED_ROWS = 4  # sequences of the batch whose results are held against the float64 reference
 
@@ -61,8 +62,36 @@ class Problem:
             shortest = round((2 * MEAN_LENGTH - 1) * T)
             self.lengths = torch.randint(max(1, shortest), T + 1, (B,), generator=generator)
         self.reset: Tensor | None = None
-        if case.variant == "reset":
+        if case.variant in ("reset", "reset_state"):
             self.reset = torch.rand(T, B, generator=generator) < RESET_PROBABILITY
+        self.options = self._options(generator) if case.variant in OPTION_VARIANTS else None
+
+    def _options(self, generator: torch.Generator) -> dict[str, Any]:
+        """What ``fastseq.functional.lstm`` takes beyond the plain layer."""
+        case = self.case
+
+        def uniform(*shape: int) -> Tensor:
+            return torch.rand(shape, generator=generator, dtype=torch.float64)
+
+        def weights(*shape: int) -> Tensor:
+            return ((2 * uniform(*shape) - 1) / math.sqrt(case.H)).to(self.dtype)
+
+        T, B, H = case.T, case.B, case.H
+        made: dict[str, Any]
+        if case.variant == "reset_state":
+            made = {"reset": self.reset, "reset_state": (weights(B, H), weights(B, H))}
+        elif case.variant == "recurrent_dropout":
+            made = {"h_mask": (uniform(B, H) < 0.7).to(self.dtype) / 0.7}
+        elif case.variant == "zoneout":
+            made = {name: uniform(T, B, H) < 0.1 for name in ("zoneout_h", "zoneout_c")}
+        elif case.variant == "peephole":
+            made = {"peephole": weights(3, H)}
+        elif case.variant == "layer_norm":
+            names = (f"{kind}_ln_{of}" for kind in ("weight", "bias") for of in ("gates", "c"))
+            made = {name: weights(4 * H if name.endswith("gates") else H) for name in names}
+        else:
+            made = {case.variant: 1.5 if case.variant == "cell_clip" else 1.0}
+        return made
 
     @property
     def output_dtype(self) -> torch.dtype:
@@ -104,7 +133,18 @@ class Problem:
         small.state = tuple(tensor[:, rows].to(dtype) for tensor in self.state)
         small.lengths = None if self.lengths is None else self.lengths[rows]
         small.reset = None if self.reset is None else self.reset[:, rows]
+        small.options = None if self.options is None else {n: self._part(v, dtype) for n, v in self.options.items()}
         return small
+
+    def _part(self, value: Any, dtype: torch.dtype) -> Any:
+        """An option of the checked sequences: their rows of what has a batch, in ``dtype``; the rest as it is."""
+        if isinstance(value, tuple):
+            return tuple(self._part(each, dtype) for each in value)
+        if not isinstance(value, Tensor):
+            return value
+        if not value.is_floating_point():  # [T, B] or [T, B, ·]
+            return value[:, self.rows()]
+        return (value if self.case.variant in ("peephole", "layer_norm") else value[self.rows()]).to(dtype)
 
     def masked_grad_output(self) -> Tensor:
         """The arriving gradient, zero but for the checked sequences: only they then contribute to the weights'."""

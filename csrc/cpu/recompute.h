@@ -1,0 +1,128 @@
+// The gates (LSTM) or slopes (Elman) of a chunk of time made again in the backward, where the forward kept y and c
+// only.
+//
+// Every h_{t-1} is known by then, so all rows of the chunk are independent: two products over time and batch at once,
+// which read the packed weights far more seldom than the forward's steps had to.
+#pragma once
+
+#include "lstm.h"
+#include "rnn.h"
+
+namespace fastseq {
+namespace {
+
+// Steps [first, last) in processing order, which are the times from `begin` on.
+struct Chunk {
+  int64_t first, last, begin;
+};
+
+template <typename Cell, typename Real, Flags kFlags>
+struct Recompute {
+  Storage storage;
+  Activation activation;
+  Clock clock;
+  int64_t B, I, H, P;
+  InputRows x;
+  PreviousHidden<kFlags> previous;
+  const Real* h_mask;  // [B, tape_width(P)], or null
+  const Real *c, *c0;  // [T, B, tape_width(H)], [B, tape_width(H)]; both are read for peepholes only
+  const Real* peephole;
+  const LayerOptions* options;
+  Real *w, *r, *bias;  // packed w_ih and w_hh, [gates, tape_width(H)]
+  Real* staged;        // staged_numbers() of each thread
+
+  // So many rows share what is read of the weights.
+  static constexpr int64_t kRows = 16 * kTileRows;
+  // Rows of a chunk: enough for the large products after it, few enough that its gates stay in the second-level cache.
+  static int64_t steps(int64_t T, int64_t B) {
+    const int64_t wanted = divide_up(512, B);
+    return wanted < T ? wanted : T;
+  }
+  static int64_t staged_numbers(int64_t I, int64_t H, int64_t P) {
+    return round_up(kRows * (I + P + (Cell::kHasC ? tape_width(H) : 0)), 16);
+  }
+
+  void pack(const void* w_ih, const void* w_hh, int thread, int threads) const {
+    const Range units{0, tape_width(H) / kLanes<Real>};
+    if (thread == 0) Cell::template pack<Real>(storage, w_hh, H, P, units, r);
+    if (thread == threads - 1) Cell::template pack<Real>(storage, w_ih, H, I, units, w);
+  }
+
+  // This thread's share of the rows of a chunk, into gates [rows, gates_stride].
+  void run(const Chunk& chunk, Real* gates, int64_t gates_stride, int thread, int threads) const {
+    const RowTiles tiles((chunk.last - chunk.first) * B);
+    const Range mine = split(tiles.count(), threads, thread);
+    const PanelRange panels = Cell::panels({0, tape_width(H) / kLanes<Real>});
+    Real* xs = staged + thread * staged_numbers(I, H, P);
+    Real* hs = xs + kRows * I;
+    Real* cs = hs + kRows * P;
+    for (int64_t first = mine.begin; first < mine.end; first += kRows / kTileRows) {
+      const int64_t last = first + kRows / kTileRows < mine.end ? first + kRows / kTileRows : mine.end;
+      const int64_t row0 = tiles.first(first);
+      stage(chunk.begin, row0, tiles.first(last), xs, hs, cs);
+      for (int64_t i = 0; i < panels.count(); ++i) {
+        const Panel panel = panels.at(i);
+        for (int64_t tile = first; tile < last; ++tile)
+          project(panel, tiles.height(tile), xs + (tiles.first(tile) - row0) * I,
+                  gates + tiles.first(tile) * gates_stride, gates_stride);
+        for (int64_t tile = first; tile < last; ++tile) {
+          const int64_t row = tiles.first(tile) - row0;
+          activate_tile(panel, tiles.height(tile), hs + row * P, cs + row * tape_width(H),
+                        gates + tiles.first(tile) * gates_stride, gates_stride);
+        }
+      }
+    }
+  }
+
+ private:
+  void stage(int64_t begin, int64_t first, int64_t last, Real* xs, Real* hs, Real* cs) const {
+    for (int64_t row = first; row < last; ++row, xs += I, hs += P, cs += tape_width(H)) {
+      const int64_t t = begin + row / B, b = row % B;
+      load_rows<Real>(storage, x(t, b), 0, xs, I, 1, I);
+      load_rows<Real>(storage, previous(t, b), 0, hs, P, 1, P);
+      if (h_mask) scale(hs, h_mask + b * tape_width(P));
+      if (Cell::kHasC && peephole) stage_c(t, b, cs);
+    }
+  }
+  void scale(Real* row, const Real* by) const {
+    for (int64_t n = 0; n < P; n += kLanes<Real>) {
+      const int inside = lanes_inside<Real>(P, n);
+      store_part(row + n, load_part(row + n, inside) * load(by + n), inside);
+    }
+  }
+  void stage_c(int64_t t, int64_t b, Real* to) const {
+    const int64_t width = tape_width(H);
+    if (previous.flags[t * B + b] & kFlagReset) {
+      load_rows<Real>(storage, reset_row(options->c_reset, options->c_reset_per_step, storage, t, b, B, H), 0, to,
+                      width, 1, H);
+    } else {
+      const Real* from = clock.is_first(t) ? c0 + b * width : c + (clock.before(t) * B + b) * width;
+      memcpy(to, from, static_cast<size_t>(width) * sizeof(Real));
+    }
+  }
+  void project(const Panel& panel, int rows, const Real* from, Real* gates, int64_t gates_stride) const {
+    const int64_t column = panel.first * kLanes<Real>;
+    const ProjectionOp<Real> op{bias + column, gates + column, gates_stride,
+                                Cell::template slot_stride<Real>(tape_width(H))};
+    Cell::template run<Chains::kOne, Real>(
+        rows, panel, op, Product<Real>{w + column * I * Cell::kGates, I, from, I, chain_for<Real>(H)});
+  }
+  void activate_tile(const Panel& panel, int rows, const Real* h, const Real* c_before, Real* gates,
+                     int64_t gates_stride) const {
+    const int64_t column = panel.first * kLanes<Real>, width = tape_width(H);
+    const Product<Real> product{r + column * P * Cell::kGates, P, h, P, chain_for<Real>(H)};
+    if constexpr (Cell::kHasC) {
+      const LstmGatesOp<Real> op{
+          gates + column, gates_stride,
+          width,          peephole ? c_before + column : nullptr,
+          width,          cell_options<Real>(*options, storage, peephole, width, 0, B, H, 0, column)};
+      Cell::template run<Chains::kOne, Real>(rows, panel, op, product);
+    } else {
+      Cell::template run<Chains::kOne, Real>(rows, panel, ElmanSlopesOp<Real>{activation, gates + column, gates_stride},
+                                             product);
+    }
+  }
+};
+
+}  // namespace
+}  // namespace fastseq
