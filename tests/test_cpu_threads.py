@@ -122,7 +122,8 @@ def test_memory_stays_flat_over_calls_of_random_lengths(seed: int) -> None:
 
 ON_ONE_CORE = """
 import os, time
-os.sched_setaffinity(0, {next(iter(os.sched_getaffinity(0)))})  # before any other thread is there, so that all inherit it
+# Before any other thread is there, so that all inherit it.
+os.sched_setaffinity(0, {next(iter(os.sched_getaffinity(0)))})
 import torch, fastseq
 module, x = fastseq.LSTM(40, 192), torch.randn(300, 8, 40)
 def seconds(threads):
