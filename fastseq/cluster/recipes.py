@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 RECIPES: dict[str, dict[str, Any]] = {
-    # 1,797 points do not settle a deep encoder: its codes differ from seed to seed, those of one hidden layer hardly do.
+    # 1,797 points do not settle a deep encoder: its codes hang on the seed, those of one layer less so.
     "digits": {
         "n_clusters": 10,
         "hidden_sizes": (512,),
