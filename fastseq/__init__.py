@@ -2,7 +2,7 @@
 
 import torch  # noqa: F401  # first: the C++ kernels share the OpenMP runtime that torch has loaded
 
-from fastseq import functional, reference, testing
+from fastseq import functional, init, reference, testing
 from fastseq._info import info
 from fastseq._version import __version__
 from fastseq.errors import ShapeError
@@ -21,6 +21,7 @@ __all__ = [
     "convert",
     "functional",
     "info",
+    "init",
     "patch",
     "reference",
     "testing",

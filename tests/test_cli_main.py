@@ -16,7 +16,7 @@ COMMANDS = ("info", "check", "demo", "dec", "bench")
 def test_module_runs():
     done = subprocess.run([sys.executable, "-m", "fastseq", "--help"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert all(command in done.stdout for command in COMMANDS)
+    assert all(command in done.stdout for command in (*COMMANDS, "lm"))
 
 
 @pytest.mark.parametrize("command", COMMANDS)

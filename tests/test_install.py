@@ -23,6 +23,7 @@ PACKAGES = (
     "fastseq.cpu",
     "fastseq.datasets",
     "fastseq.kernels",
+    "fastseq.models",
     "fastseq.nn",
     "fastseq.ops",
     "fastseq.reference",

@@ -18,7 +18,7 @@ class CommandError(Exception):
 
 
 def require(name: str, purpose: str, extra: str = "cli") -> ModuleType:
-    """Imports the optional package that a command draws with.
+    """Imports the optional package that a command needs, from the extra of that name.
 
     Raises:
         CommandError: naming the package, what wanted it, and how to install it.
@@ -27,6 +27,20 @@ def require(name: str, purpose: str, extra: str = "cli") -> ModuleType:
         return _extras.require(name, extra, purpose)
     except _extras.MissingExtraError as error:
         raise CommandError(str(error)) from None
+
+
+def default_text(purpose: str) -> str:
+    """The English text that every CPython carries.
+
+    Raises:
+        CommandError: this Python has been stripped of it.
+    """
+    from fastseq.models.text import python_documentation
+
+    try:
+        return python_documentation()
+    except ModuleNotFoundError:
+        raise CommandError(f"this Python has no pydoc_data.topics, the text that {purpose} learns") from None
 
 
 def make_console(width: int = 120) -> "Console":

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from fastseq.cli import console
 from fastseq.cli.timing import Quantiles, quantiles
+from fastseq.models.text import Vocabulary
 
 BLOCK = 10  # steps that one model trains before the other's turn
 CHECKED = 10  # first steps whose losses must agree to rounding
@@ -91,16 +92,11 @@ class Text:
     @classmethod
     def load(cls) -> "Text":
         """Reads ``pydoc_data.topics``; a CommandError where a Python has been stripped of it."""
-        try:
-            from pydoc_data.topics import topics
-        except ModuleNotFoundError:
-            raise console.CommandError("this Python has no pydoc_data.topics, the text that the demo learns") from None
-        text = "\n\n".join(topics[key] for key in sorted(topics))
-        alphabet = sorted(set(text))
-        number = {character: index for index, character in enumerate(alphabet)}
-        tokens = torch.tensor([number[character] for character in text])
+        text = console.default_text("the demo")
+        vocabulary = Vocabulary.of_characters(text)
+        tokens = vocabulary.encode(text)
         cut = int(len(tokens) * (1.0 - HELD_OUT))
-        return cls(alphabet, tokens[:cut], tokens[cut:])
+        return cls(list(vocabulary.tokens), tokens[:cut], tokens[cut:])
 
     def batches(self, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Endless random windows: tokens and the characters that follow them, each int64 [WINDOW, BATCH]."""
