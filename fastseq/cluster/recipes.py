@@ -9,9 +9,10 @@ RECIPES: dict[str, dict[str, Any]] = {
     "digits": {
         "n_clusters": 10,
         "hidden_sizes": (512,),
+        "code_size": 20,
         "corruption": "gaussian",
         "noise": 0.3,
-        "pretrain_epochs": 80,
+        "pretrain_epochs": 60,
         "optimizer": "adam",
         "learning_rate": 1e-3,
         "update_interval": 40,
