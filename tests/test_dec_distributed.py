@@ -37,7 +37,7 @@ def main(folder, target, weight):
     distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize(("target", "weight"), [("stored", 0.0), ("streamed", 2.0)])
+@pytest.mark.parametrize(("target", "weight"), [("stored", 0.0), pytest.param("streamed", 2.0, marks=pytest.mark.full)])
 def test_two_processes_take_the_steps_of_one(tmp_path, target, weight):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command += [__file__, str(tmp_path), target, str(weight)]
