@@ -26,7 +26,9 @@ def main() -> None:
     torch.manual_seed(0)
     encoder = SequenceEncoder(8, 64, batch_first=True)
     model = nn.Sequential(encoder, nn.Linear(encoder.output_size, 10))
-    models, ratio = train(model, x[:-HELD_OUT], y[:-HELD_OUT], nn.functional.cross_entropy, epochs=EPOCHS)
+    models, ratio = train(
+        model, x[:-HELD_OUT], y[:-HELD_OUT], nn.functional.cross_entropy, epochs=EPOCHS, learning_rate=1e-2
+    )
     for name, each in models.items():
         with torch.no_grad():
             right = each(x[-HELD_OUT:]).argmax(1) == y[-HELD_OUT:]
