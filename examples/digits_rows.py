@@ -16,7 +16,7 @@ try:
 except ModuleNotFoundError:
     sys.exit("skipped: scikit-learn, which brings the digits, is not installed")
 
-EPOCHS, HELD_OUT = 30, 360
+EPOCHS, HELD_OUT = 60, 360
 
 
 def main() -> None:
