@@ -35,7 +35,7 @@ AVX512_FLAGS := $(AVX2_FLAGS) -mavx512f -mavx512dq -mavx512bw -mavx512vl
 help:  ## this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
 
-demo: install  ## train a character model with torch.nn and with fastseq, side by side (2 minutes; writes demo.png)
+demo: install  ## train a character model with torch.nn and fastseq, then cluster digits (3 minutes; writes demo.png)
 	$(PY) -m fastseq demo $(ARGS)
 
 test: install  ## the quick tier of tests

@@ -5,6 +5,7 @@ The metadata is in pyproject.toml. Environment: ``CXX`` names the compiler, ``FA
 
 import os
 import platform
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,13 +17,22 @@ COMMON = ["csrc/bindings_cpu.cpp", "csrc/cpu/parallel.cpp", "csrc/cpu/select.cpp
 # -ffp-contract=off: a fused multiply-add stands only where the source says so, so that every tile shape rounds alike.
 FLAGS = ["-O3", "-std=c++17", "-fvisibility=hidden", "-ffp-contract=off", "-fopenmp", "-Wall", "-Wextra"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mprefer-vector-width=512"]
+AVX512_BF16 = [*AVX512, "-mavx512bf16"]
 INSTRUCTION_SETS = {
     "x86_64": {
         "baseline": [],
         "avx2": AVX2,
-        "avx512": [*AVX2, "-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mprefer-vector-width=512"],
+        "avx512": AVX512,
+        "avx512_bf16": AVX512_BF16,
+        "amx": [*AVX512_BF16, "-mamx-tile", "-mamx-bf16"],
     },
     "aarch64": {"neon": []},
+}
+# Sets left out where the compiler or its assembler does not know them, with a line that only they can compile.
+OPTIONAL = {
+    "avx512_bf16": 'void probe() { __asm__ volatile("vdpbf16ps %zmm0, %zmm0, %zmm0"); }',
+    "amx": 'void probe() { __asm__ volatile("tdpbf16ps %tmm0, %tmm1, %tmm2"); }',
 }
 
 
@@ -48,10 +58,17 @@ class BuildExtension(build_ext):
             )
             return objects
 
+        sets = {n: f for n, f in INSTRUCTION_SETS[machine].items() if n not in OPTIONAL or self.knows(n, f)}
+        ext.define_macros += [(f"FASTSEQ_HAS_{name.upper()}", "1") for name in OPTIONAL if name in sets]
         with ThreadPoolExecutor(os.cpu_count()) as pool:  # each takes most of a minute, in a process of its own
-            for objects in pool.map(compile_set, INSTRUCTION_SETS[machine].items()):
+            for objects in pool.map(compile_set, sets.items()):
                 ext.extra_objects += objects
         super().build_extension(ext)
+
+    def knows(self, name: str, flags: list[str]) -> bool:
+        """Whether the compiler can make this optional set."""
+        command = [self.compiler.compiler_cxx[0], *flags, "-x", "c++", "-c", "-o", os.devnull, "-"]
+        return subprocess.run(command, input=OPTIONAL[name].encode(), capture_output=True).returncode == 0
 
 
 headers = sorted(str(path) for path in Path("csrc").rglob("*.h"))

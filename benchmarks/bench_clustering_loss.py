@@ -1,7 +1,8 @@
 """The clustering loss with both gradients against its peers: ``python -m benchmarks.bench_clustering_loss``.
 
 Each provider is checked against the float64 reference before it is timed. The peers are those in use: pt-dec's
-broadcast form, ``torch.cdist``, and the expanded square in eager mode and compiled.
+broadcast form, ``torch.cdist``, and the expanded square in eager mode and compiled. The committed figures come from
+``--json benchmarks/results/clustering.json``, in one run or case by case.
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastseq import functional as F
+from fastseq.cli.bench.results import IDENTITY, environment
 from fastseq.cli.timing import interleaved, quantiles
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -43,6 +46,8 @@ class Case:
 
 
 CASES = (Case(70_000, 10, 10), Case(10_000, 10, 4), Case(200_000, 32, 256))
+# How often faster than the best of BASELINES the loss with a target has to be, and should be.
+GOALS = {CASES[0]: (4, 9), CASES[1]: (3, 6), CASES[2]: (4, 8)}
 
 
 def broadcast(z: Tensor, centers: Tensor, target: Tensor) -> Tensor:
@@ -113,25 +118,49 @@ def measure(case: Case, rounds: int) -> dict[str, list[float]]:
     return interleaved(calls, rounds)
 
 
+def merged(old: dict[str, Any] | None, environment: dict[str, Any], cases: list[dict[str, Any]]) -> dict[str, Any]:
+    """The file's contents: the cases of ``old`` that were not measured again, and the new ones, in the order of CASES.
+
+    Raises:
+        ValueError: the old ones were measured elsewhere, or with another version.
+    """
+    kept = []
+    if old is not None:
+        differing = [name for name in IDENTITY if old["environment"].get(name) != environment.get(name)]
+        if differing:
+            raise ValueError(f"the file's cases do not belong with these: {', '.join(differing)} differ")
+        kept = old["cases"]
+    by_name = {each["case"]: each for each in [*kept, *cases]}
+    return {"environment": environment, "cases": [by_name[str(case)] for case in CASES if str(case) in by_name]}
+
+
 def main() -> None:
-    """Prints a table; ``--json`` writes the samples."""
+    """Measures, prints a line per provider, and with ``--json`` adds the figures to a file."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--case", metavar="N,d,K", help="one of the cases (default: all)")
+    parser.add_argument("--json", type=Path, help="a file of figures: the cases that it has already stay in it")
     args = parser.parse_args()
+    chosen = [case for case in CASES if args.case in (None, f"{case.N},{case.d},{case.K}")]
+    if not chosen:
+        parser.error(f"--case: expected one of {', '.join(map(str, CASES))}, got {args.case}")
     results = []
-    for case in CASES:
+    for case in chosen:
         check(case)
         samples = measure(case, args.rounds)
         best = min((name for name in BASELINES), key=lambda name: quantiles(samples[name]).median)
         print(f"{case}, {torch.get_num_threads()} threads; ratios to {best}")
+        figures = {}
         for name, seconds in samples.items():
             ratio = quantiles([bar / mine for bar, mine in zip(samples[best], seconds, strict=True)])
             time = quantiles([1e3 * value for value in seconds])
             print(f"  {name:18} {time.median:9.3f} ms  ({time.p20:.3f} to {time.p80:.3f})  {ratio.median:6.2f}x")
-        results.append({"case": asdict(case), "seconds": samples})
+            figures[name] = {"ms": asdict(time), "ratio": asdict(ratio)}
+        results.append({"case": str(case), "rounds": args.rounds, "best": best, "figures": figures})
     if args.json is not None:
-        args.json.write_text(json.dumps(results) + "\n", encoding="utf-8")
+        old = json.loads(args.json.read_text(encoding="utf-8")) if args.json.exists() else None
+        found = merged(old, environment(), results)
+        args.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

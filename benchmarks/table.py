@@ -1,9 +1,11 @@
-"""``python -m benchmarks.table``: writes the README's tables of figures from ``benchmarks/results/cpu.json``."""
+"""``python -m benchmarks.table``: writes the README's tables of figures from ``benchmarks/results/*.json``."""
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from benchmarks import clustering_table
+from benchmarks.markdown import replaced, table
 from fastseq.cli.bench import report
 from fastseq.cli.bench.goals import outcomes
 from fastseq.cli.bench.results import Run, from_json
@@ -14,12 +16,6 @@ RESULTS = ROOT / "benchmarks" / "results" / "cpu.json"
 BEGIN = "<!-- figures: written by `python -m benchmarks.table` -->"
 END = "<!-- end of figures -->"
 MISSING = "No figures are committed yet: `make bench` measures them on your machine.\n"
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers_from: int) -> list[str]:
-    """Lines of Markdown; the columns from ``numbers_from`` on are aligned to the right."""
-    rule = ["---" if place < numbers_from else "---:" for place in range(len(head))]
-    return ["| " + " | ".join(cells) + " |" for cells in (head, rule, *rows)]
 
 
 def render(run: Run | None) -> str:
@@ -45,13 +41,10 @@ def render(run: Run | None) -> str:
     return "\n".join(lines) + "\n"
 
 
-def updated(readme: str, run: Run | None) -> str:
+def updated(readme: str, run: Run | None, clustering: dict[str, Any] | None) -> str:
     """The README with what lies between the markers replaced."""
-    before, begin, rest = readme.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"README: expected the markers {BEGIN!r} and {END!r}")
-    return f"{before}{BEGIN}\n{render(run)}{END}{after}"
+    readme = replaced(readme, BEGIN, END, render(run))
+    return replaced(readme, clustering_table.BEGIN, clustering_table.END, clustering_table.render(clustering))
 
 
 def load() -> Run | None:
@@ -60,4 +53,4 @@ def load() -> Run | None:
 
 
 if __name__ == "__main__":
-    README.write_text(updated(README.read_text(encoding="utf-8"), load()), encoding="utf-8")
+    README.write_text(updated(README.read_text(encoding="utf-8"), load(), clustering_table.load()), encoding="utf-8")

@@ -160,9 +160,10 @@ def _clustering(case: ClusteringConfiguration) -> Launch:
 
 
 def compiles(case: Configuration | ClusteringConfiguration, target: str) -> bool:
-    """Whether Triton can compile it at all: on AMD there is no tf32x3, and the flags' fence is NVIDIA's assembly."""
+    """Whether Triton compiles it to any use: on AMD there is no tf32x3, and the flags' fence is NVIDIA's assembly."""
     if isinstance(case, ClusteringConfiguration):
-        return True
+        # On AMD the form that sums of outer products take makes them spill: not served there until it has its own.
+        return target != "gfx942"
     return target != "gfx942" or (case.precision != "tf32x3" and case.sync != "flags")
 
 
@@ -229,7 +230,7 @@ def clustering_configurations() -> list[ClusteringConfiguration]:
     return [
         ClusteringConfiguration(kernel, d, K, dtype, alpha)
         for kernel in CLUSTERING
-        for d, K in ((10, 10), (64, 1000), (4096, 33))
+        for d, K in ((10, 10), (64, 1000))
         for dtype, alpha in (("float32", 1.0), ("bfloat16", 2.0))
     ]
 

@@ -6,11 +6,15 @@ import importlib
 from types import ModuleType
 
 
+class MissingExtraError(ModuleNotFoundError):
+    """An optional package is not installed; the message names the extra that brings it."""
+
+
 def require(name: str, extra: str, purpose: str) -> ModuleType:
     """Imports the optional package ``name`` (or a module inside it) for ``purpose``.
 
     Raises:
-        ModuleNotFoundError: naming the package, what wanted it, and the extra of fastseq that installs it.
+        MissingExtraError: naming the package, what wanted it, and the extra of fastseq that installs it.
     """
     try:
         return importlib.import_module(name)
@@ -18,7 +22,7 @@ def require(name: str, extra: str, purpose: str) -> ModuleType:
         package = name.partition(".")[0]
         if error.name is None or error.name.partition(".")[0] != package:
             raise  # the package is there, but something inside it is missing: that message is the useful one
-        raise ModuleNotFoundError(
+        raise MissingExtraError(
             f"{purpose} needs the package '{package}', which is not installed: pip install 'fastseq[{extra}]'",
             name=error.name,
         ) from None

@@ -199,8 +199,10 @@ def excess_of(ratio, least):
 def numerator(excess, half_power, UNIT: tl.constexpr):
     """u relative to the largest. ``UNIT`` says that alpha is 1, and then there is no power."""
     if UNIT:
-        return tl.div_rn(1.0, 1.0 + excess)
-    return tl.exp(-half_power * log1p(excess))
+        u = tl.div_rn(1.0, 1.0 + excess)
+    else:
+        u = tl.exp(-half_power * log1p(excess))
+    return u
 
 
 @triton.jit

@@ -174,13 +174,17 @@ def recurrent_product(
 
 
 @triton.jit
-def settled(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """``x [ROWS, COLUMNS]`` as it is, spread over the threads as memory is read and written.
+def settled(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr):
+    """``x [ROWS, COLUMNS]`` as it is, spread over the threads as memory is read and written: ``WIDTH`` numbers that
+    follow one another to each warp.
 
     The compiler would otherwise keep what a product leaves as the product's instructions have it, every warp with a
     copy, and bring each tile that meets it into that form through shared memory. It carries no layout through a gather.
     """
-    return tl.gather(x, tl.broadcast_to(tl.arange(0, COLUMNS)[None, :], (ROWS, COLUMNS)), axis=1)
+    LINES: tl.constexpr = ROWS * COLUMNS // WIDTH
+    lines = tl.reshape(x, (LINES, WIDTH))
+    lines = tl.gather(lines, tl.broadcast_to(tl.arange(0, WIDTH)[None, :], (LINES, WIDTH)), axis=1)
+    return tl.reshape(lines, (ROWS, COLUMNS))
 
 
 # Waiting. Every program of a group arrives once per step and waits for all of them before the next.

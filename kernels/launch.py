@@ -77,9 +77,17 @@ def tile_constants(plan: Plan) -> dict[str, Any]:
     }
 
 
-def resident_constants(plan: Plan) -> dict[str, Any]:
-    """The constants of every resident kernel."""
-    return {"BB": plan.BB, "BH": plan.BH, "PREFETCH": plan.depth > 0, "PRECISION": plan.precision}
+def resident_constants(plan: Plan, dtype: torch.dtype) -> dict[str, Any]:
+    """The constants of every resident kernel. ``WIDTH`` is how many numbers of a tile a warp has side by side, where
+    each thread takes what one load of 16 bytes brings, or less of a tile that has less."""
+    each = max(1, min(16 // dtype.itemsize, plan.BB * plan.BH // (32 * plan.warps)))
+    return {
+        "BB": plan.BB,
+        "BH": plan.BH,
+        "WIDTH": max(plan.BH, 32 * each),
+        "PREFETCH": plan.depth > 0,
+        "PRECISION": plan.precision,
+    }
 
 
 def signals_per_group(plan: Plan) -> int:

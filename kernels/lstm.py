@@ -116,11 +116,13 @@ def cell_backward(i, f, g, o, c, dh, dc, p):
 def zoned_out(before, fresh, zoneout, own, ok):
     """``before`` where the mask says so, or by a rate; ``zoneout`` may be None."""
     if zoneout is None:
-        return fresh
-    if zoneout.dtype.element_ty == tl.float32:
+        value = fresh
+    elif zoneout.dtype.element_ty == tl.float32:
         rate = tl.load(zoneout)
-        return rate * before + (1.0 - rate) * fresh
-    return tl.where(tl.load(zoneout + own, mask=ok, other=0) != 0, before, fresh)
+        value = rate * before + (1.0 - rate) * fresh
+    else:
+        value = tl.where(tl.load(zoneout + own, mask=ok, other=0) != 0, before, fresh)
+    return value
 
 
 @triton.jit
@@ -141,13 +143,17 @@ def finish_forward(c_new, h_new, c, h, row_flags, own, ok, zoneout_h, zoneout_c)
 @triton.jit
 def split_by_zoneout(d, zoneout, own, ok):
     """What of a gradient reaches the fresh value, and what passes by it to the step before."""
-    if zoneout is None:
-        return d, tl.zeros_like(d)
-    if zoneout.dtype.element_ty == tl.float32:
-        rate = tl.load(zoneout)
-        return (1.0 - rate) * d, rate * d
-    old = tl.load(zoneout + own, mask=ok, other=0) != 0
-    return tl.where(old, 0.0, d), tl.where(old, d, 0.0)
+    past = tl.zeros_like(d)
+    if zoneout is not None:
+        if zoneout.dtype.element_ty == tl.float32:
+            rate = tl.load(zoneout)
+            past = rate * d
+            d = (1.0 - rate) * d
+        else:
+            old = tl.load(zoneout + own, mask=ok, other=0) != 0
+            past = tl.where(old, d, 0.0)
+            d = tl.where(old, 0.0, d)
+    return d, past
 
 
 # Persistent and step.
@@ -399,7 +405,7 @@ def lstm_backward_spread(
                 DEPTH,
                 PRECISION,
             )
-            product = settled(product, BB, BH)
+            product = settled(product, BB, BH, BH)
             if h_mask is not None:
                 product *= tl.load(h_mask + state, mask=ok, other=0.0).to(tl.float32)
             dh = dh_past + product + dy
@@ -465,6 +471,7 @@ def lstm_forward_resident(
     SAVE: tl.constexpr,
     BB: tl.constexpr,
     BH: tl.constexpr,
+    WIDTH: tl.constexpr,
     PREFETCH: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -510,10 +517,10 @@ def lstm_forward_resident(
         left = h
         if h_mask is not None:
             left = h * tl.load(h_mask + state, mask=ok, other=0.0)
-        z_i = settled(tl.dot(left, r_i, input_precision=PRECISION), BB, BH)
-        z_f = settled(tl.dot(left, r_f, input_precision=PRECISION), BB, BH)
-        z_g = settled(tl.dot(left, r_g, input_precision=PRECISION), BB, BH)
-        z_o = settled(tl.dot(left, r_o, input_precision=PRECISION), BB, BH)
+        z_i = settled(tl.dot(left, r_i, input_precision=PRECISION), BB, BH, WIDTH)
+        z_f = settled(tl.dot(left, r_f, input_precision=PRECISION), BB, BH, WIDTH)
+        z_g = settled(tl.dot(left, r_g, input_precision=PRECISION), BB, BH, WIDTH)
+        z_o = settled(tl.dot(left, r_o, input_precision=PRECISION), BB, BH, WIDTH)
         i, f, g, o, c_new, h_new = cell_forward(
             z_i + x_i + bias_ih[0] + bias_hh[0],
             z_f + x_f + bias_ih[1] + bias_hh[1],
@@ -558,6 +565,7 @@ def lstm_backward_resident(
     REVERSE: tl.constexpr,
     BB: tl.constexpr,
     BH: tl.constexpr,
+    WIDTH: tl.constexpr,
     PREFETCH: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -616,7 +624,7 @@ def lstm_backward_resident(
         dh = tl.dot(values[0], r_i, input_precision=PRECISION)
         dh = tl.dot(values[1], r_f, dh, input_precision=PRECISION)
         dh = tl.dot(values[2], r_g, dh, input_precision=PRECISION)
-        dh = settled(tl.dot(values[3], r_o, dh, input_precision=PRECISION), BB, BH)
+        dh = settled(tl.dot(values[3], r_o, dh, input_precision=PRECISION), BB, BH, WIDTH)
         if h_mask is not None:
             dh *= tl.load(h_mask + state, mask=ok, other=0.0).to(tl.float32)
         if flags is not None:
@@ -741,7 +749,9 @@ def forward_launches(
         "SAVE": c is not None,
     }
     if plan.regime == "resident":
-        yield Launch(lstm_forward_resident, plan, common, constants | resident_constants(plan))
+        # Four gates go to a tape in float32, one h comes out.
+        stored = w_hh.dtype if c is None else torch.float32
+        yield Launch(lstm_forward_resident, plan, common, constants | resident_constants(plan, stored))
         return
     common |= {"h0": h0, "signals": new_signals(plan, y.device)}
     for begin, count in ranges(plan, steps, backward=False):
@@ -793,7 +803,7 @@ def backward_launches(
         "REVERSE": reverse,
     }
     if plan.regime == "resident":
-        yield Launch(lstm_backward_resident, plan, common, constants | resident_constants(plan))
+        yield Launch(lstm_backward_resident, plan, common, constants | resident_constants(plan, w_hh.dtype))
         return
     common |= {"signals": new_signals(plan, c.device)}
     for begin, count in ranges(plan, steps, backward=True):

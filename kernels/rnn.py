@@ -155,7 +155,7 @@ def rnn_forward_spread(
                 DEPTH,
                 PRECISION,
             )
-            z = settled(z, BB, BH)
+            z = settled(z, BB, BH, BH)
             value, slope = activation(z + x + bias, NONLINEARITY)
             out = value.to(y.dtype.element_ty)
             if flags is not None:
@@ -265,7 +265,7 @@ def rnn_backward_spread(
                 DEPTH,
                 PRECISION,
             )
-            product = settled(product, BB, BH)
+            product = settled(product, BB, BH, BH)
             if h_mask is not None:
                 product *= tl.load(h_mask + state, mask=ok, other=0.0).to(tl.float32)
             dh = dh_past + product + dy
@@ -310,6 +310,7 @@ def rnn_forward_resident(
     NONLINEARITY: tl.constexpr,
     BB: tl.constexpr,
     BH: tl.constexpr,
+    WIDTH: tl.constexpr,
     PREFETCH: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -346,7 +347,7 @@ def rnn_forward_resident(
         left = h
         if h_mask is not None:
             left = h * tl.load(h_mask + state, mask=ok, other=0.0)
-        z = settled(tl.dot(left, weights, input_precision=PRECISION), BB, BH)
+        z = settled(tl.dot(left, weights, input_precision=PRECISION), BB, BH, WIDTH)
         value, slope = activation(z + x + bias, NONLINEARITY)
         out = value.to(y.dtype.element_ty)
         if flags is not None:
@@ -380,6 +381,7 @@ def rnn_backward_resident(
     REVERSE: tl.constexpr,
     BB: tl.constexpr,
     BH: tl.constexpr,
+    WIDTH: tl.constexpr,
     PREFETCH: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -415,7 +417,7 @@ def rnn_backward_resident(
             dh_past = tl.where(pad & (cut == 0), dh, 0.0)
         value = d.to(dsums.dtype.element_ty)
         tl.store(dsums + row[:, None] * DSUMS_STRIDE + u[None, :], value, mask=ok)
-        dh = settled(tl.dot(value, weights, input_precision=PRECISION), BB, BH)
+        dh = settled(tl.dot(value, weights, input_precision=PRECISION), BB, BH, WIDTH)
         if h_mask is not None:
             dh *= tl.load(h_mask + state, mask=ok, other=0.0).to(tl.float32)
         if flags is not None:
@@ -507,7 +509,7 @@ def forward_launches(
         "NONLINEARITY": nonlinearity,
     }
     if plan.regime == "resident":
-        yield Launch(rnn_forward_resident, plan, common, constants | resident_constants(plan))
+        yield Launch(rnn_forward_resident, plan, common, constants | resident_constants(plan, w_hh.dtype))
         return
     common |= {"h0": h0, "signals": new_signals(plan, y.device)}
     for begin, count in ranges(plan, steps, backward=False):
@@ -547,7 +549,7 @@ def backward_launches(
         "REVERSE": reverse,
     }
     if plan.regime == "resident":
-        yield Launch(rnn_backward_resident, plan, common, constants | resident_constants(plan))
+        yield Launch(rnn_backward_resident, plan, common, constants | resident_constants(plan, w_hh.dtype))
         return
     common |= {"signals": new_signals(plan, tape.device)}
     for begin, count in ranges(plan, steps, backward=True):

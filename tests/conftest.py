@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -22,6 +23,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "full: every combination; runs only with --full (make test-full)")
     config.addinivalue_line("markers", "gpu: needs a CUDA device")
+    if find_spec("hypothesis") is not None:  # the tests marked gpu do without it
+        set_search(everything=config.getoption("--full"))
+
+
+def set_search(everything: bool) -> None:
+    """The quick tier draws the same examples every time: its answer is that of the code. The full tier searches."""
+    from hypothesis import settings
+
+    settings.register_profile("quick", derandomize=True, deadline=None)
+    settings.register_profile("full", deadline=None)
+    settings.load_profile("full" if everything else "quick")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -84,3 +96,12 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
         (torch.Tensor, "new_empty_strided"),
     ):
         monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For models so small that threads would only wait for one another."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

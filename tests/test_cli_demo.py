@@ -13,7 +13,19 @@ from fastseq.cli.main import main
 
 def test_few_steps(tmp_path, capsys):
     picture, target = tmp_path / "curves.png", tmp_path / "demo.json"
-    argv = ["demo", "--steps", "12", "--hidden", "24", "--out", str(picture), "--json", str(target)]
+    argv = [
+        "demo",
+        "--only",
+        "recurrent",
+        "--steps",
+        "12",
+        "--hidden",
+        "24",
+        "--out",
+        str(picture),
+        "--json",
+        str(target),
+    ]
     assert main(argv) == 0
     printed = re.sub(r"\s+", " ", capsys.readouterr().out)
     assert "they agree to rounding" in printed
@@ -31,7 +43,19 @@ def test_few_steps(tmp_path, capsys):
 
 def test_a_budget_stops_both_models_at_the_same_step(tmp_path, capsys):
     target = tmp_path / "demo.json"
-    argv = ["demo", "--steps", "1000", "--hidden", "8", "--seconds", "0.001", "--out", str(tmp_path / "demo.png")]
+    argv = [
+        "demo",
+        "--only",
+        "recurrent",
+        "--steps",
+        "1000",
+        "--hidden",
+        "8",
+        "--seconds",
+        "0.001",
+        "--out",
+        str(tmp_path / "demo.png"),
+    ]
     assert main([*argv, "--json", str(target)]) == 0
     assert f"Stopped after {demo.BLOCK} of 1000 steps" in capsys.readouterr().out
     losses = json.loads(target.read_text())["losses"]
@@ -45,13 +69,15 @@ def test_a_model_that_differs_is_caught(tmp_path, capsys, monkeypatch):
         return module
 
     monkeypatch.setattr("fastseq.convert", spoil)
-    assert main(["demo", "--steps", "2", "--hidden", "8", "--out", str(tmp_path / "demo.png")]) == 1
+    assert (
+        main(["demo", "--only", "recurrent", "--steps", "2", "--hidden", "8", "--out", str(tmp_path / "demo.png")]) == 1
+    )
     assert "they do not agree" in re.sub(r"\s+", " ", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("name", ["curves", "curves.docx"])
 def test_a_picture_of_unknown_kind(name, tmp_path, capsys):
-    assert main(["demo", "--out", str(tmp_path / name)]) == 2
+    assert main(["demo", "--only", "recurrent", "--out", str(tmp_path / name)]) == 2
     assert "expected a name that ends in .png" in capsys.readouterr().err
 
 

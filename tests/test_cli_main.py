@@ -10,7 +10,7 @@ from fastseq._version import __version__
 from fastseq.cli import console
 from fastseq.cli.main import main
 
-COMMANDS = ("info", "check", "demo", "bench")
+COMMANDS = ("info", "check", "demo", "dec", "bench")
 
 
 def test_module_runs():

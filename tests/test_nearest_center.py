@@ -29,7 +29,7 @@ def test_distances_and_gradients(case: Case, dtype: torch.dtype, backend: str, s
     assert_matches_reference(OP, draws_of(case, dtype, OP), implementation=backend, seed=seed, grads=grads)
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(
     sizes=st.tuples(st.integers(1, 300), st.integers(1, 70), st.integers(1, 70)),
     data=st.sampled_from([(dtype, kind) for dtype in (torch.float32, torch.float64) for kind in KINDS[dtype]]),

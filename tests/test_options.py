@@ -293,7 +293,7 @@ def option_sets(draw: st.DrawFn, op: str) -> list[str]:
     return kept
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     data=st.data(),
     op=st.sampled_from(["lstm", "rnn"]),

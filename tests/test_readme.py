@@ -12,7 +12,7 @@ sys.path.insert(0, str(ROOT))  # `benchmarks` is a folder of the checkout, not p
 
 from bench_support import row, run_of  # noqa: E402
 
-from benchmarks import table  # noqa: E402
+from benchmarks import clustering_table, table  # noqa: E402
 from fastseq.cli.bench.cases import Case  # noqa: E402
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -20,7 +20,7 @@ EXAMPLE = ROOT / "examples" / "swap_lstm.py"
 
 
 def test_figures_are_those_of_the_results_file():
-    assert table.updated(README, table.load()) == README, "run: python -m benchmarks.table"
+    assert table.updated(README, table.load(), clustering_table.load()) == README, "run: python -m benchmarks.table"
 
 
 def test_figures_are_rendered_row_by_row():
@@ -35,9 +35,20 @@ def test_figures_are_rendered_row_by_row():
     assert "Left out: fastseq: not there (1 cases)." in text
 
 
+def test_clustering_figures_are_rendered_row_by_row():
+    spread = {"median": 2.0, "p20": 1.5, "p80": 4.5}
+    figures = {name: {"ms": spread, "ratio": spread} for name in ("fastseq", "cdist")}
+    environment = {"cpu": "X", "cores": 2, "threads": 2, "instruction_set": "avx2", "date": "d", "commit": "c" * 40}
+    case = {"case": "(70000, 10, 10)", "rounds": 5, "best": "cdist", "figures": figures}
+    text = clustering_table.render({"environment": environment, "cases": [case]})
+    assert "| 70000, 10, 10 | fastseq | 2 (1.5–4.5) | 2.00 (1.50–4.50) | 4× | 9× | no |" in text
+    assert "| 70000, 10, 10 | cdist (best of torch) | 2 (1.5–4.5) |" in text
+    assert "commit `cccccccccccc`. 5 interleaved rounds" in text
+
+
 def test_markers_are_required():
     with pytest.raises(ValueError, match="markers"):
-        table.updated("no markers here", None)
+        table.updated("no markers here", None, None)
 
 
 def test_example_is_the_file_that_runs():
@@ -65,8 +76,10 @@ def test_commands_of_the_readme_exist():
 
 
 def test_results_are_from_a_clean_commit():
-    results = table.load()
-    if results is None:
+    results, clustering = table.load(), clustering_table.load()
+    if results is None or clustering is None:
         pytest.skip("no figures are committed")
-    assert re.fullmatch(r"[0-9a-f]{40}", results.environment["commit"]), "figures come from an uncommitted tree"
+    for environment in (results.environment, clustering["environment"]):
+        assert re.fullmatch(r"[0-9a-f]{40}", environment["commit"]), "figures come from an uncommitted tree"
     assert results.rows
+    assert len(clustering["cases"]) == len(clustering_table.CASES)

@@ -85,7 +85,7 @@ def test_one_gradient_alone_is_the_same(wanted: str, backend: str, seed: int) ->
     assert torch.equal(grad, everything[wanted])
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     sizes=st.tuples(*(st.integers(1, high) for high in (9, 20, 20, 70))),
     nonlinearity=st.sampled_from(NONLINEARITIES),

@@ -29,7 +29,7 @@ def test_assignment_and_gradients(case: Case, dtype: torch.dtype, backend: str, 
     assert_matches_reference(OP, draws_of(case, dtype, OP), implementation=backend, seed=seed)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(
     sizes=st.tuples(st.integers(1, 300), st.integers(1, 70), st.integers(1, 70)),
     alpha=st.sampled_from(ALPHAS) | st.floats(0.01, 1000),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 triton = pytest.importorskip("triton", reason="triton is not installed (it is optional)")
@@ -47,13 +49,32 @@ def test_each_clustering_kernel_compiles(kernel: str) -> None:
 def test_sums_stay_in_the_registers_of_their_threads(kernel: str) -> None:
     """Within the loop no tile goes through shared memory, and what it reads it reads four numbers at a time."""
     compiled = compiled_ahead(ClusteringConfiguration(kernel, 64, 1000, "float32").launch(plan.H100)[1], "sm_90")
-    lines = compiled.asm["ttgir"].splitlines()
-    product = next(place for place, line in enumerate(lines) if "arith.mulf" in line and "tensor<64x64xf32" in line)
-    first = max(place for place in range(product) if "scf.for" in lines[place])
-    indent = len(lines[first]) - len(lines[first].lstrip())
-    last = next(place for place in range(product, len(lines)) if lines[place].startswith(" " * indent + "}"))
-    assert not [line for line in lines[first:last] if "convert_layout" in line or "local_load" in line]
+    loop = loop_of(compiled, "arith.mulf")
+    assert any("tensor<64x64xf32" in line for line in loop)
+    assert not [line for line in loop if "convert_layout" in line or "local_load" in line]
     assert "ld.global.v4" in compiled.asm["ptx"]
+
+
+@pytest.mark.parametrize(("op", "H"), [("lstm", 32), ("rnn", 64)])
+@pytest.mark.parametrize("backward", [False, True])
+def test_only_products_change_their_form_in_a_resident_step(op: str, H: int, backward: bool) -> None:
+    """What comes from memory meets them as it is: one conversion for each product's result."""
+    case = Configuration(op, backward, 100, 64, H, "float32")
+    compiled = compiled_ahead(case.launch(CHIPS["sm_90"])[1], "sm_90")
+    converted = [line for line in loop_of(compiled, "tt.dot") if "convert_layout" in line]
+    assert len(converted) <= (4 if op == "lstm" and not backward else 1), converted
+
+
+def loop_of(compiled: Any, needle: str) -> list[str]:
+    """The lines of the innermost loop around the first line that has ``needle``."""
+    lines = compiled.asm["ttgir"].splitlines()
+    place = next(
+        index for index, line in enumerate(lines) if needle in line and any("scf.for" in x for x in lines[:index])
+    )
+    first = max(index for index in range(place) if "scf.for" in lines[index])
+    indent = len(lines[first]) - len(lines[first].lstrip())
+    last = next(index for index in range(place, len(lines)) if lines[index].startswith(" " * indent + "}"))
+    return lines[first:last]
 
 
 @pytest.mark.full

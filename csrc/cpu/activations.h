@@ -77,16 +77,24 @@ FASTSEQ_INLINE Vec<Real> scale(Vec<Real> x, Vec<Real> n, Vec<Real> shifted) {
 #endif
 }
 
+template <typename Real>
+struct ReducedExp {
+  Vec<Real> r, n, shifted;  // x = n ln 2 + r
+  FASTSEQ_INLINE explicit ReducedExp(Vec<Real> x) {
+    using K = ExpConstants<Real>;
+    const Vec<Real> magic = broadcast(K::kRoundMagic);
+    shifted = fma(x, broadcast(K::kLog2e), magic);
+    n = shifted - magic;
+    r = fma(n, broadcast(-K::kLn2High), x);
+    r = fma(n, broadcast(-K::kLn2Low), r);
+  }
+};
+
 // |x| within kLogisticLimit.
 template <typename Real>
 FASTSEQ_INLINE Vec<Real> exp(Vec<Real> x) {
-  using K = ExpConstants<Real>;
-  const Vec<Real> magic = broadcast(K::kRoundMagic);
-  const Vec<Real> shifted = fma(x, broadcast(K::kLog2e), magic);
-  const Vec<Real> n = shifted - magic;
-  Vec<Real> r = fma(n, broadcast(-K::kLn2High), x);
-  r = fma(n, broadcast(-K::kLn2Low), r);
-  return scale<Real>(exp_near_zero(r), n, shifted);
+  const ReducedExp<Real> e(x);
+  return scale<Real>(exp_near_zero(e.r), e.n, e.shifted);
 }
 
 // tanh(x) = x + x^3 numerator(x^2) / denominator(x^2) for |x| < kTanhSmall (Moshier, Cephes 1989).

@@ -50,7 +50,7 @@ class Clustering {
     points_ = carver.take<Real>(threads_ * stretch_ * feature_numbers);
     gradient_ = carver.take<Real>(gradients_ ? threads_ * stretch_ * feature_numbers : 0);
     weights_ = carver.take<Real>(threads_ * stretch_ * center_numbers);
-    ratios_ = carver.take<Real>(kUnitAlpha ? 0 : threads_ * center_numbers);
+    distances_ = carver.take<Real>(kUnitAlpha ? 0 : threads_ * center_numbers);
     given_ = carver.take<Real>(p_.task != ClusterTask::kAssign ? threads_ * center_numbers : 0);
     packed_ = as_arithmetic<Real>(p_.storage) ? nullptr : carver.take<Real>(p_.K * p_.d);
     inverse_frequencies_ = p_.freq ? carver.take<Real>(p_.K) : nullptr;
@@ -99,7 +99,7 @@ class Clustering {
     s.weights = weights_ + thread * stretch_ * center_numbers;
     s.sums = p_.dcenters ? sums_of(block) : nullptr;
     if (s.sums) memset(s.sums, 0, static_cast<size_t>(sum_stride()) * sizeof(Real));
-    StudentT<Real, kUnitAlpha> group(p_.K, static_cast<Real>(p_.alpha), nullptr, ratios_ + thread * center_numbers,
+    StudentT<Real, kUnitAlpha> group(p_.K, p_.alpha, nullptr, distances_ + thread * center_numbers,
                                      given_ + thread * center_numbers);
     losses_[block] = 0;
     const Range range = split(groups_, blocks_, block);
@@ -135,7 +135,7 @@ class Clustering {
       upcoming.row = static_cast<const char*>(p_.given) + first * upcoming.row_bytes;
     }
     group.assign(points, centers_, p_.d, upcoming);
-    const Real scale = static_cast<Real>(p_.scale * (p_.alpha + 1) / p_.alpha);
+    const Real scale = group.gradient_scale(p_.scale);
     Lanes<Real> loss;
     fill<Real>(loss, 0);
     switch (p_.task) {
@@ -249,7 +249,7 @@ class Clustering {
   int64_t groups_, stretch_ = 1, blocks_ = 1;
   int threads_ = 1;
   const Real* centers_ = nullptr;
-  Real *points_ = nullptr, *gradient_ = nullptr, *weights_ = nullptr, *ratios_ = nullptr, *given_ = nullptr;
+  Real *points_ = nullptr, *gradient_ = nullptr, *weights_ = nullptr, *distances_ = nullptr, *given_ = nullptr;
   Real *packed_ = nullptr, *inverse_frequencies_ = nullptr, *sums_ = nullptr;
   double* losses_ = nullptr;
   int64_t* next_ = nullptr;

@@ -5,7 +5,7 @@
 // normal number or infinity; a NaN stays a NaN.
 #pragma once
 
-#include "activations.h"
+#include "twofold.h"
 
 namespace fastseq {
 namespace {
@@ -51,28 +51,38 @@ FASTSEQ_INLINE Vec<double> log1p_tail(Vec<double> f) {
 }
 
 template <typename Real>
+struct ReducedLog {
+  Vec<Real> f, exponent;  // x = 2^exponent (1 + f)
+  Vec<Real> small;        // what is to be added to exponent * kLn2High + f
+  FASTSEQ_INLINE explicit ReducedLog(Vec<Real> x) {
+    using K = ExpConstants<Real>;
+    const IntVec<Real> bits = bit_cast<IntVec<Real>>(x);
+    const IntVec<Real> n = (bits - LogConstants<Real>::kSqrtHalfBits) >> K::kMantissaBits;
+    f = bit_cast<Vec<Real>>(bits - (n << K::kMantissaBits)) - broadcast(Real(1));
+    exponent = __builtin_convertvector(n, Vec<Real>);
+    const Vec<Real> square = f * f;
+    small = fma(exponent, broadcast(K::kLn2Low), log1p_tail(f) * f * square);
+    small = fma(square, broadcast(Real(-0.5)), small);
+  }
+};
+
+template <typename Real>
 FASTSEQ_INLINE Vec<Real> log(Vec<Real> x) {
-  using K = ExpConstants<Real>;
-  const IntVec<Real> bits = bit_cast<IntVec<Real>>(x);
-  const IntVec<Real> n = (bits - LogConstants<Real>::kSqrtHalfBits) >> K::kMantissaBits;
-  const Vec<Real> f = bit_cast<Vec<Real>>(bits - (n << K::kMantissaBits)) - broadcast(Real(1));
-  const Vec<Real> exponent = __builtin_convertvector(n, Vec<Real>);
-  const Vec<Real> square = f * f;
-  Vec<Real> small = fma(exponent, broadcast(K::kLn2Low), log1p_tail(f) * f * square);
-  small = fma(square, broadcast(Real(-0.5)), small);
-  const Vec<Real> value = fma(exponent, broadcast(K::kLn2High), f + small);
+  const ReducedLog<Real> l(x);
+  const Vec<Real> value = fma(l.exponent, broadcast(ExpConstants<Real>::kLn2High), l.f + l.small);
   return x < broadcast(LogConstants<Real>::kInfinity) ? value : x;
 }
 
-// log(1 + y) for y >= 0: what 1 + y has rounded away is added again.
+// log(1 + y) for y > -1, where y.low may be NaN if y.high is infinite. What 1 + y has rounded away is added again.
 template <typename Real>
-FASTSEQ_INLINE Vec<Real> log1p(Vec<Real> y) {
-  const Vec<Real> one = broadcast(Real(1));
-  const Vec<Real> x = one + y;
-  const Vec<Real> lost = y - (x - one);
-  const Vec<Real> value = log<Real>(x);
-  // Where y is infinite or has no digits to lose, `lost` is NaN or no matter.
-  return y < broadcast(Real(1e6)) ? value + lost / x : value;
+FASTSEQ_INLINE Twofold<Real> log1p(Twofold<Real> y) {
+  const Vec<Real> one = broadcast(Real(1)), infinity = broadcast(LogConstants<Real>::kInfinity);
+  const Vec<Real> x = one + y.high;
+  const Vec<Real> lost = (y.high > one ? one - (x - y.high) : y.high - (x - one)) + y.low;
+  const ReducedLog<Real> l(x);
+  const Twofold<Real> large = quick_sum<Real>(l.exponent * broadcast(ExpConstants<Real>::kLn2High), l.f);
+  const Twofold<Real> value = quick_sum<Real>(large.high, large.low + (l.small + lost / x));
+  return {x < infinity ? value.high : x, x < infinity ? value.low : zero<Real>()};
 }
 
 }  // namespace

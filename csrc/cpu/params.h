@@ -136,4 +136,17 @@ struct KernelTable {
   PeakFn fma_loop, read_loop;
 };
 
+// What a set exports that differs from another only in these.
+struct RecurrentKernels {
+  const char* name;
+  ForwardFn lstm_forward;
+  BackwardFn lstm_backward;
+  ForwardFn rnn_forward;
+  BackwardFn rnn_backward;
+};
+
+#if defined(__x86_64__)
+extern const KernelTable kAvx512Kernels;
+#endif
+
 }  // namespace fastseq

@@ -4,14 +4,54 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#if defined(FASTSEQ_HAS_AMX)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace fastseq {
 
 #if defined(__x86_64__)
-extern const KernelTable kAvx512Kernels, kAvx2Kernels, kBaselineKernels;
+extern const KernelTable kAvx2Kernels, kBaselineKernels;
+#if defined(FASTSEQ_HAS_AVX512_BF16)
+extern const RecurrentKernels kAvx512_bf16Kernels;
+#endif
+#if defined(FASTSEQ_HAS_AMX)
+extern const RecurrentKernels kAmxKernels;
+#endif
 #elif defined(__aarch64__)
 extern const KernelTable kNeonKernels;
 #else
 #error "fastseq has kernels for x86-64 and arm64"
+#endif
+
+#if defined(FASTSEQ_HAS_AMX) || defined(FASTSEQ_HAS_AVX512_BF16)
+namespace {
+
+// The avx512 set with other kernels for the recurrences. Put together here, in code that every machine can run.
+KernelTable over_avx512(const RecurrentKernels& kernels) {
+  KernelTable table = kAvx512Kernels;
+  table.name = kernels.name;
+  table.lstm_forward = kernels.lstm_forward, table.lstm_backward = kernels.lstm_backward;
+  table.rnn_forward = kernels.rnn_forward, table.rnn_backward = kernels.rnn_backward;
+  return table;
+}
+
+}  // namespace
+#endif
+
+#if defined(FASTSEQ_HAS_AMX)
+namespace {
+
+// The tile registers are eight KiB that the operating system saves only for a process which asks.
+bool may_use_tiles() {
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  static const bool may = __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
+                          syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  return may;
+}
+
+}  // namespace
 #endif
 
 std::vector<const KernelTable*> runnable_kernels() {
@@ -19,8 +59,17 @@ std::vector<const KernelTable*> runnable_kernels() {
 #if defined(__x86_64__)
   // These builtins ask the operating system too: a set whose registers it does not save is not there.
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma"))
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma")) {
+#if defined(FASTSEQ_HAS_AMX)
+    static const KernelTable amx = over_avx512(kAmxKernels);
+    if (__builtin_cpu_supports("avx512bf16") && may_use_tiles()) found.push_back(&amx);
+#endif
+#if defined(FASTSEQ_HAS_AVX512_BF16)
+    static const KernelTable avx512_bf16 = over_avx512(kAvx512_bf16Kernels);
+    if (__builtin_cpu_supports("avx512bf16")) found.push_back(&avx512_bf16);
+#endif
     found.push_back(&kAvx512Kernels);
+  }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
     found.push_back(&kAvx2Kernels);
   found.push_back(&kBaselineKernels);

@@ -3,11 +3,16 @@
 //
 // Arrays of a group are [K][kPointVectors][lanes]:
 //   numerators   u_j = (1 + D_j / alpha)^(-(alpha + 1) / 2), relative to the largest one unless alpha is 1
-//   ratios       D_j / alpha, unless alpha is 1
+//   distances    D_j, unless alpha is 1
 //   given        a target p_j or the gradient that arrives at q_j
 // With alpha = 1 there is no power at all: u_j = 1 / (1 + D_j). Else u_j is the exponential of a logarithm relative to
-// that of the nearest centre, so nothing overflows and at least one u_j is 1 however far the centres are. The logarithm
-// is taken of the relation of the two, not as a difference of two logarithms, which would lose digits far away.
+// that of the nearest centre, so nothing overflows and at least one u_j is 1 however far the centres are:
+//   (alpha + D_j) / (alpha + D_min) = 1 + (D_j - D_min) / (alpha + D_min)
+// and what each step to the power rounds away is carried along (twofold.h), since the exponent multiplies it.
+//
+// Where a point is close to one centre, its q is nearly 1, and whatever is made of 1 - q would lose its digits. So that
+// centre, called the nearest here (of several equally near the first), is left out of the sums, which then are sums of
+// small numbers, and what belongs to it is made of those: 1 - q = sum of the other q, and so on.
 #pragma once
 
 #include "distances.h"
@@ -29,32 +34,49 @@ FASTSEQ_INLINE Vec<float> reciprocal(Vec<float> x) { return broadcast(1.0f) / x;
 #endif
 FASTSEQ_INLINE Vec<double> reciprocal(Vec<double> x) { return broadcast(1.0) / x; }
 
+template <typename Real>
+struct AlphaLimits;  // beyond them nothing changes
+template <>
+struct AlphaLimits<float> {
+  static constexpr double kLeast = 1.2e-38, kMost = 1e30;
+};
+template <>
+struct AlphaLimits<double> {
+  static constexpr double kLeast = 2.3e-308, kMost = 1e300;
+};
+
 template <typename Real, bool kUnitAlpha>
 class StudentT {
  public:
-  StudentT(int64_t K_, Real alpha, Real* numerators_, Real* ratios_, Real* given_)
-      : numerators(numerators_),
-        ratios(ratios_),
-        given(given_),
-        K(K_),
-        alpha_(broadcast(alpha)),
-        half_power_(broadcast((alpha + 1) / 2)) {}
+  StudentT(int64_t K_, double alpha, Real* numerators_, Real* distances_, Real* given_)
+      : numerators(numerators_), distances(distances_), given(given_), K(K_), alpha_(limited(alpha)) {}
 
   Real* numerators;
-  Real* ratios;
+  Real* distances;
   Real* given;
   int64_t K;
 
-  // Numerators and ratios of a group of points, and the sum of the numerators.
+  // What `scale` of a weigh_...() has to be: the slopes there are 1 / (alpha + D_j).
+  Real gradient_scale(double scale) const { return static_cast<Real>(scale * (alpha_ + 1)); }
+
+  // Numerators and distances of a group of points, and the sum of the numerators.
   void assign(const Real* points, const Real* centers, int64_t d, const Upcoming& upcoming) {
-    CarefulSum<Real> sum;
+    CarefulSum<Real> others;
+    Lanes<Real> nearest;
+    fill<Real>(nearest, 0);
+    // The largest so far is kept out of the sum.
+    const auto add = [&](int v, Vec<Real> u) {
+      const auto nearer = u > nearest[v];
+      others.add(v, nearer ? nearest[v] : u);
+      nearest[v] = nearer ? u : nearest[v];
+    };
     if (kUnitAlpha) {
       for_distances(points, centers, d, Range{0, K}, [&](int64_t j, const Lanes<Real>& distance) {
         upcoming.prefetch<Real>(j);
         FASTSEQ_UNROLL
         for (int v = 0; v < kPointVectors; ++v) {
           const Vec<Real> u = reciprocal(broadcast(Real(1)) + distance[v]);
-          sum.add(v, u);
+          add(v, u);
           put(numerators, j, v, u);
         }
       });
@@ -65,29 +87,34 @@ class StudentT {
         upcoming.prefetch<Real>(j);
         FASTSEQ_UNROLL
         for (int v = 0; v < kPointVectors; ++v) {
-          const Vec<Real> ratio = distance[v] / alpha_;
-          least[v] = ratio < least[v] ? ratio : least[v];
-          put(ratios, j, v, ratio);
+          least[v] = distance[v] < least[v] ? distance[v] : least[v];
+          put(distances, j, v, distance[v]);
         }
       });
+      const Twofold<Real> alpha = broadcast_twofold<Real>(alpha_);
       FASTSEQ_UNROLL
       for (int v = 0; v < kPointVectors; ++v) {
         least_[v] = least[v];
-        unit_[v] = broadcast(Real(1)) / (broadcast(Real(1)) + least[v]);
+        base_[v] = exact_sum<Real>(alpha.high, least[v]);
+        base_[v].low = base_[v].low + alpha.low;
+        unit_[v] = broadcast(Real(1)) / base_[v].high;
       }
       for (int64_t j = 0; j < K; ++j) FASTSEQ_UNROLL
       for (int v = 0; v < kPointVectors; ++v) {
-        const Vec<Real> low = broadcast(-ExpConstants<Real>::kLogisticLimit);
-        const Vec<Real> power = log_numerator(get(ratios, j, v), v);
-        const Vec<Real> u = exp<Real>(power < low ? low : power);
-        sum.add(v, u);
+        const Vec<Real> limit = broadcast(-ExpConstants<Real>::kLogisticLimit);
+        const Twofold<Real> power = log_numerator(get(distances, j, v), v);
+        const auto vanishes = power.high < limit;
+        const Vec<Real> u = vanishes ? zero<Real>() : exp<Real>({vanishes ? limit : power.high, power.low});
+        add(v, u);
         put(numerators, j, v, u);
       }
     }
     FASTSEQ_UNROLL
     for (int v = 0; v < kPointVectors; ++v) {
-      sum_[v] = sum.value[v];
+      sum_[v] = others.value[v] + nearest[v];
       inverse_[v] = broadcast(Real(1)) / sum_[v];
+      nearest_[v] = nearest[v];
+      others_[v] = others.value[v];
     }
   }
 
@@ -98,53 +125,90 @@ class StudentT {
   }
 
   // `given` is a target p. Numerators become the weights scale · v_j (p_j - q_j sum p) of z - mu_j in the gradient,
-  // with v_j = 1 / (1 + D_j / alpha). Adds sum_j p_j log(p_j / q_j) to each lane of `loss`.
+  // with v_j = 1 / (alpha + D_j). Adds sum_j p_j log(p_j / q_j) to each lane of `loss`.
   void weigh_target(Real scale, bool weights, Lanes<Real>* loss) {
-    CarefulSum<Real> mass;
-    Lanes<Real> log_sum;
-    FASTSEQ_UNROLL
-    for (int v = 0; v < kPointVectors; ++v) log_sum[v] = kUnitAlpha ? zero<Real>() : log<Real>(sum_[v]);
+    CarefulSum<Real> others;
+    Lanes<Real> nearest_p;
+    fill<Real>(nearest_p, 0);
+    FirstNearest first(*this);
     for (int64_t j = 0; j < K; ++j) FASTSEQ_UNROLL
-    for (int v = 0; v < kPointVectors; ++v) mass.add(v, get(given, j, v));
+    for (int v = 0; v < kPointVectors; ++v) {
+      const Vec<Real> p = get(given, j, v);
+      const auto is_nearest = first.is(get(numerators, j, v), v);
+      others.add(v, is_nearest ? zero<Real>() : p);
+      nearest_p[v] = is_nearest ? p : nearest_p[v];
+    }
+    Lanes<Real> mass, nearest_excess, log_sum;
+    FASTSEQ_UNROLL
+    for (int v = 0; v < kPointVectors; ++v) {
+      const Vec<Real> q = assigned(nearest_[v], v);
+      mass[v] = nearest_p[v] + others.value[v];
+      // p - q sum p = p (1 - q) - q (sum of the other p)
+      nearest_excess[v] = fma(nearest_p[v], others_q(v), -(q * others.value[v]));
+      log_sum[v] = log1p<Real>({others_[v] / nearest_[v], zero<Real>()}).high;  // -log q of the nearest
+      (*loss)[v] = fma(nearest_p[v], log_of(nearest_p[v]) + log_sum[v], (*loss)[v]);
+    }
+    first.restart();
     const Vec<Real> factor = broadcast(scale);
     sum_over_blocks(loss, [&](Range block, Lanes<Real>& part) {
       for (int64_t j = block.begin; j < block.end; ++j) FASTSEQ_UNROLL
       for (int v = 0; v < kPointVectors; ++v) {
         const Vec<Real> p = get(given, j, v), u = get(numerators, j, v), q = assigned(u, v);
+        const auto is_nearest = first.is(u, v);
         // log(p / q); q itself may have underflowed, but not where alpha is 1 and D is less than 1e37.
         const Vec<Real> log_ratio = kUnitAlpha ? log_of(p * reciprocal(at_least_smallest(q)))
-                                               : log_of(p) - log_numerator(ratio(j, v), v) + log_sum[v];
-        part[v] = fma(p, log_ratio, part[v]);
-        if (weights) put(numerators, j, v, factor * slope(u, j, v) * fma(-q, mass.value[v], p));
+                                               : log_of(p) - log_numerator(get(distances, j, v), v).high + log_sum[v];
+        part[v] = fma(is_nearest ? zero<Real>() : p, log_ratio, part[v]);
+        const Vec<Real> excess = is_nearest ? nearest_excess[v] : fma(-q, mass[v], p);
+        if (weights) put(numerators, j, v, factor * slope(u, j, v) * excess);
       }
     });
   }
 
   // The same with the target made of q and the frequencies, whose inverses are given; `live` is 1 in the lanes that
-  // hold a point and 0 in the others.
+  // hold a point and 0 in the others. `given` takes q_j / f_j.
   void weigh_frequencies(const Real* inverse_frequencies, const Lanes<Real>& live, Real scale, bool weights,
                          Lanes<Real>* loss) {
-    CarefulSum<Real> total;
+    CarefulSum<Real> others;
+    Lanes<Real> nearest_share;
+    fill<Real>(nearest_share, 0);
+    FirstNearest first(*this);
     for (int64_t j = 0; j < K; ++j) {
       const Vec<Real> inverse = broadcast(inverse_frequencies[j]);
       FASTSEQ_UNROLL
       for (int v = 0; v < kPointVectors; ++v) {
-        const Vec<Real> q = assigned(get(numerators, j, v), v), sharper = q * inverse;
-        total.add(v, q * sharper);
-        put(given, j, v, sharper);
+        const Vec<Real> u = get(numerators, j, v), q = assigned(u, v), share = q * inverse;
+        const auto is_nearest = first.is(u, v);
+        others.add(v, is_nearest ? zero<Real>() : q * share);
+        nearest_share[v] = is_nearest ? share : nearest_share[v];
+        put(given, j, v, share);
       }
     }
-    Lanes<Real> inverse_total;
+    Lanes<Real> total, inverse_total, nearest_excess;  // excess: p / q - 1
     FASTSEQ_UNROLL
-    for (int v = 0; v < kPointVectors; ++v) inverse_total[v] = broadcast(Real(1)) / total.value[v];
+    for (int v = 0; v < kPointVectors; ++v) {
+      const Vec<Real> q = assigned(nearest_[v], v), share = nearest_share[v];
+      total[v] = fma(q, share, others.value[v]);
+      inverse_total[v] = broadcast(Real(1)) / total[v];
+      // share - total = share (1 - q) - (sum of the other q · share)
+      const Vec<Real> excess = fma(share, others_q(v), -others.value[v]) * inverse_total[v];
+      const Vec<Real> ratio = quotient(share, total[v], inverse_total[v]);
+      const Vec<Real> log_ratio =
+          excess > broadcast(Real(-0.5)) ? log1p<Real>({excess, zero<Real>()}).high : log_of(ratio);
+      (*loss)[v] = fma(q * ratio * live[v], log_ratio, (*loss)[v]);
+      nearest_excess[v] = excess;
+    }
+    first.restart();
     const Vec<Real> factor = broadcast(scale);
     sum_over_blocks(loss, [&](Range block, Lanes<Real>& part) {
       for (int64_t j = block.begin; j < block.end; ++j) FASTSEQ_UNROLL
       for (int v = 0; v < kPointVectors; ++v) {
-        const Vec<Real> u = get(numerators, j, v), q = assigned(u, v);
-        const Vec<Real> ratio = quotient(get(given, j, v), total.value[v], inverse_total[v]);  // p / q
-        part[v] = fma(q * ratio * live[v], log_of(ratio), part[v]);
-        if (weights) put(numerators, j, v, factor * slope(u, j, v) * fma(q, ratio, -q) * live[v]);
+        const Vec<Real> u = get(numerators, j, v), q = assigned(u, v) * live[v];
+        const auto is_nearest = first.is(u, v);
+        const Vec<Real> ratio = quotient(get(given, j, v), total[v], inverse_total[v]);  // p / q
+        part[v] = fma(is_nearest ? zero<Real>() : q * ratio, log_of(ratio), part[v]);
+        const Vec<Real> excess = is_nearest ? nearest_excess[v] : ratio - broadcast(Real(1));
+        if (weights) put(numerators, j, v, factor * slope(u, j, v) * (q * excess));
       }
     });
   }
@@ -152,33 +216,69 @@ class StudentT {
   // `given` is the gradient that arrives at q, and numerators become the weights -scale · v_j q_j (g_j - sum_k g_k
   // q_k).
   void weigh_arriving(Real scale) {
-    Lanes<Real> mean;
-    fill<Real>(mean, 0);
-    sum_over_blocks(&mean, [&](Range block, Lanes<Real>& part) {
+    Lanes<Real> others, nearest_g;
+    fill<Real>(others, 0);
+    fill<Real>(nearest_g, 0);
+    FirstNearest first(*this);
+    sum_over_blocks(&others, [&](Range block, Lanes<Real>& part) {
       for (int64_t j = block.begin; j < block.end; ++j) FASTSEQ_UNROLL
-      for (int v = 0; v < kPointVectors; ++v)
-        part[v] = fma(get(given, j, v), assigned(get(numerators, j, v), v), part[v]);
+      for (int v = 0; v < kPointVectors; ++v) {
+        const Vec<Real> u = get(numerators, j, v), g = get(given, j, v);
+        const auto is_nearest = first.is(u, v);
+        part[v] = fma(is_nearest ? zero<Real>() : g, assigned(u, v), part[v]);
+        nearest_g[v] = is_nearest ? g : nearest_g[v];
+      }
     });
+    Lanes<Real> mean, nearest_excess;  // excess: sum_k g_k q_k - g_j
+    FASTSEQ_UNROLL
+    for (int v = 0; v < kPointVectors; ++v) {
+      mean[v] = fma(nearest_g[v], assigned(nearest_[v], v), others[v]);
+      nearest_excess[v] = fma(-nearest_g[v], others_q(v), others[v]);
+    }
+    first.restart();
     const Vec<Real> factor = broadcast(scale);
     for (int64_t j = 0; j < K; ++j) FASTSEQ_UNROLL
     for (int v = 0; v < kPointVectors; ++v) {
       const Vec<Real> u = get(numerators, j, v);
-      put(numerators, j, v, factor * slope(u, j, v) * assigned(u, v) * (mean[v] - get(given, j, v)));
+      const Vec<Real> excess = first.is(u, v) ? nearest_excess[v] : mean[v] - get(given, j, v);
+      put(numerators, j, v, factor * slope(u, j, v) * (assigned(u, v) * excess));
     }
   }
 
  private:
-  Vec<Real> alpha_, half_power_;
+  double alpha_;
   Lanes<Real> sum_, inverse_;
-  Lanes<Real> least_, unit_;  // the least ratio, and 1 / (1 + it)
+  Lanes<Real> nearest_, others_;       // the largest numerator, and the sum of the others
+  Lanes<Real> least_, unit_;           // the least distance, and 1 / (alpha + it)
+  Twofold<Real> base_[kPointVectors];  // alpha + the least distance
 
+  // Tells the first centre whose numerator is the largest, in a walk over all of them.
+  struct FirstNearest {
+    const StudentT& owner;
+    Lanes<Real> wanted;
+
+    FASTSEQ_INLINE explicit FirstNearest(const StudentT& owner_) : owner(owner_) { restart(); }
+    FASTSEQ_INLINE void restart() {
+      FASTSEQ_UNROLL
+      for (int v = 0; v < kPointVectors; ++v) wanted[v] = owner.nearest_[v];
+    }
+    FASTSEQ_INLINE auto is(Vec<Real> u, int v) {
+      const auto found = u == wanted[v];
+      wanted[v] = found ? broadcast(LogConstants<Real>::kInfinity) : wanted[v];
+      return found;
+    }
+  };
+
+  static double limited(double alpha) {
+    using L = AlphaLimits<Real>;
+    return alpha < L::kLeast ? L::kLeast : alpha > L::kMost ? L::kMost : alpha;
+  }
   FASTSEQ_INLINE static Vec<Real> get(const Real* array, int64_t j, int v) {
     return load(array + j * kGroupStride<Real> + v * kLanes<Real>);
   }
   FASTSEQ_INLINE static void put(Real* array, int64_t j, int v, Vec<Real> value) {
     store(array + j * kGroupStride<Real> + v * kLanes<Real>, value);
   }
-  FASTSEQ_INLINE Vec<Real> ratio(int64_t j, int v) const { return get(ratios, j, v); }
   // a / b from 1 / b, rounded as a division would: q is exactly 1 where there is one centre.
   FASTSEQ_INLINE static Vec<Real> quotient(Vec<Real> a, Vec<Real> b, Vec<Real> inverse) {
 #if defined(__FMA__) || defined(__aarch64__)
@@ -197,13 +297,19 @@ class StudentT {
   }
   // 0 log 0 is 0, so zero may have any logarithm that is finite.
   FASTSEQ_INLINE static Vec<Real> log_of(Vec<Real> x) { return log<Real>(at_least_smallest(x)); }
-  // log u_j relative to the largest: (1 + ratio) / (1 + least) is 1 + (ratio - least) / (1 + least).
-  FASTSEQ_INLINE Vec<Real> log_numerator(Vec<Real> ratio, int v) const {
-    return -half_power_ * log1p<Real>((ratio - least_[v]) * unit_[v]);
+  // 1 - q of the nearest centre
+  FASTSEQ_INLINE Vec<Real> others_q(int v) const { return quotient(others_[v], sum_[v], inverse_[v]); }
+  // log u_j relative to the largest
+  FASTSEQ_INLINE Twofold<Real> log_numerator(Vec<Real> distance, int v) const {
+    const Twofold<Real> more = quick_sum<Real>(distance, -least_[v]);
+    Twofold<Real> y;
+    y.high = more.high * unit_[v];
+    y.low = (more.low - product_error<Real>(y.high, base_[v].high, more.high) - y.high * base_[v].low) * unit_[v];
+    return product<Real>(broadcast_twofold<Real>(-0.5 * (alpha_ + 1)), log1p<Real>(y));
   }
-  // 1 / (1 + D_j / alpha)
+  // 1 / (alpha + D_j)
   FASTSEQ_INLINE Vec<Real> slope(Vec<Real> numerator, int64_t j, int v) const {
-    return kUnitAlpha ? numerator : broadcast(Real(1)) / (broadcast(Real(1)) + ratio(j, v));
+    return kUnitAlpha ? numerator : broadcast(Real(1)) / (broadcast(static_cast<Real>(alpha_)) + get(distances, j, v));
   }
   template <typename Body>
   FASTSEQ_INLINE void sum_over_blocks(Lanes<Real>* total, const Body& body) const {

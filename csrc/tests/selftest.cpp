@@ -3,22 +3,15 @@
 // It is for machines that the test suite does not reach: `make selftest` builds and runs it here, `make selftest-arm64`
 // cross-compiles it and runs it under qemu. The bound is wide enough for float rounding and far too narrow for a wrong
 // index; the tolerance rule of the library is the Python tests' business.
-#include <algorithm>
-#include <cmath>
 #include <cstdint>
-#include <cstdio>
-#include <limits>
-#include <random>
-#include <string>
-#include <vector>
 
-#include "../cpu/params.h"
 #include "../cpu/select.h"
+#include "compare.h"
+#include "selftest_clustering.h"
 
 namespace {
 
 using namespace fastseq;
-using Numbers = std::vector<double>;
 
 struct Problem {
   bool lstm, projected, reverse, flags, bias;
@@ -156,16 +149,6 @@ Results by_loops(const Problem& p, const Data& d) {
 }
 
 template <typename Real>
-std::vector<Real> as(const Numbers& from) {
-  return std::vector<Real>(from.begin(), from.end());
-}
-// What no kernel may leave unwritten.
-template <typename Real>
-std::vector<Real> poisoned(std::size_t count) {
-  return std::vector<Real>(count, std::numeric_limits<Real>::quiet_NaN());
-}
-
-template <typename Real>
 Results by_kernels(const KernelTable& table, const Problem& p, const Data& d) {
   const int G = p.gates() * p.H;
   const auto x = as<Real>(d.x), h0 = as<Real>(d.h0), c0 = as<Real>(d.c0), w_ih = as<Real>(d.w_ih);
@@ -207,7 +190,6 @@ Results by_kernels(const KernelTable& table, const Problem& p, const Data& d) {
   backward.threads = p.threads;
   (p.lstm ? table.lstm_backward : table.rnn_backward)(backward);
 
-  const auto wide = [](const std::vector<Real>& from) { return Numbers(from.begin(), from.end()); };
   return {wide(y),
           wide(h_n),
           p.lstm ? wide(c_n) : Numbers(),
@@ -220,27 +202,13 @@ Results by_kernels(const KernelTable& table, const Problem& p, const Data& d) {
           p.projected ? wide(dw_hr) : Numbers()};
 }
 
-bool agrees(const char* name, const Numbers& got, const Numbers& truth, double bound, const Problem& p,
-            const KernelTable& table) {
-  double error = 0, largest = 0;
-  for (std::size_t i = 0; i < truth.size(); ++i) {
-    const double difference = std::abs(got[i] - truth[i]);
-    if (!(difference <= error)) error = difference;  // a NaN is taken too
-    largest = std::max(largest, std::abs(truth[i]));
-  }
-  if (error <= bound * largest) return true;
-  std::printf("MISMATCH %s: %s of %s: error %.3g, largest %.3g\n", table.name, name, p.describe().c_str(), error,
-              largest);
-  return false;
-}
-
 template <typename Real>
 bool check(const KernelTable& table, const Problem& p, const Data& d, const Results& truth) {
   const double bound = 1000 * static_cast<double>(std::numeric_limits<Real>::epsilon());
   const Results got = by_kernels<Real>(table, p, d);
   bool right = true;
   const auto compare = [&](const char* name, Numbers Results::*member) {
-    right = agrees(name, got.*member, truth.*member, bound, p, table) && right;
+    right = agrees(name, got.*member, truth.*member, bound, p.describe(), table) && right;
   };
   compare("y", &Results::y), compare("h_n", &Results::h_n), compare("c_n", &Results::c_n);
   compare("dx", &Results::dx), compare("dh0", &Results::dh0), compare("dc0", &Results::dc0);
@@ -262,12 +230,7 @@ Problem draw_problem(std::mt19937& random) {
 }
 
 Data draw_data(const Problem& p, std::mt19937& random) {
-  std::normal_distribution<double> normal;
-  const auto draw = [&](int count, double scale) {
-    Numbers numbers(count);
-    for (double& number : numbers) number = static_cast<float>(scale * normal(random));
-    return numbers;
-  };
+  const auto draw = [&](int count, double scale) { return draw_normal(random, count, scale); };
   const int G = p.gates() * p.H;
   const double scale = 0.5 / std::sqrt(p.H);
   Data d;
@@ -297,6 +260,10 @@ int main(int argc, char** argv) {
     const Results truth = by_loops(p, d);
     for (const KernelTable* table : runnable_kernels())
       failed += !check<float>(*table, p, d, truth) + !check<double>(*table, p, d, truth);
+    const ClusterProblem c = draw_cluster_problem(random);
+    const ClusterResults expected = by_loops(c);
+    for (const KernelTable* table : runnable_kernels())
+      failed += !check<float>(*table, c, expected) + !check<double>(*table, c, expected);
   }
   std::string names;
   for (const KernelTable* table : runnable_kernels()) names += std::string(" ") + table->name;

@@ -25,9 +25,7 @@ def require(name: str, purpose: str, extra: str = "cli") -> ModuleType:
     """
     try:
         return _extras.require(name, extra, purpose)
-    except ModuleNotFoundError as error:
-        if error.name != name:
-            raise  # the package is there, but something inside it is missing
+    except _extras.MissingExtraError as error:
         raise CommandError(str(error)) from None
 
 

@@ -1,4 +1,4 @@
-"""``python -m fastseq demo``: one character language model, trained with ``torch.nn.LSTM`` and with fastseq.
+"""``python -m fastseq demo``: a character model trained with ``torch.nn.LSTM`` and with fastseq, then a clustering.
 
 Both models start from the same weights and see the same batches. They train in alternate blocks of steps, and which of
 them goes first changes from block to block, so that a machine that slows down or speeds up does so for both. The text
@@ -40,11 +40,12 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     """Declares the command and its options."""
     parser = commands.add_parser(
         "demo",
-        help="train a character model with torch.nn.LSTM and with fastseq, side by side",
+        help="train a character model with torch.nn.LSTM and with fastseq, side by side; then cluster digits",
         description="Trains a two-layer character language model on English text, with torch.nn.LSTM and with the same "
         "model passed through fastseq.convert: same weights, same batches, alternate blocks of steps. Prints both loss "
         "curves, the speed ratio and a sample of generated text, and draws them. Exit status 1 when the first losses "
-        "differ by more than rounding.",
+        "differ by more than rounding. Then it clusters scikit-learn's handwritten digits by deep embedded clustering, "
+        "as `python -m fastseq dec` does, into a folder beside the picture.",
     )
     parser.add_argument(
         "--steps", type=console.positive_int, default=400, help="training steps per model (%(default)s)"
@@ -60,6 +61,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument(
         "--out", type=Path, metavar="FILE", default="demo.png", help="where the picture goes (%(default)s)"
     )
+    parser.add_argument("--only", choices=("recurrent", "clustering"), help="one of the two acts")
     console.add_json_argument(parser)
     parser.set_defaults(run=run)
 
@@ -279,6 +281,22 @@ def print_curves(out: "Console", trainers: list[Trainer]) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the demo; 1 when the first losses differ by more than rounding."""
+    status = 0 if args.only == "clustering" else run_recurrent(args)
+    if args.only != "recurrent":
+        run_clustering(args.out.with_name(f"{args.out.stem}-clusters"), args.seed)
+    return status
+
+
+def run_clustering(folder: Path, seed: int) -> None:
+    """The second act: ``python -m fastseq dec`` with no options but these."""
+    from fastseq.cli.main import build_parser
+
+    args = build_parser().parse_args(["dec", "--out", str(folder), "--seed", str(seed), "--fresh"])
+    args.run(args)
+
+
+def run_recurrent(args: argparse.Namespace) -> int:
+    """The first act; 1 when the first losses differ by more than rounding."""
     import fastseq
 
     console.require("rich", "the demo")

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from fastseq._version import __version__
-from fastseq.cli import bench, check, console, demo, info, lm
+from fastseq.cli import bench, check, console, dec, demo, info, lm
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -17,7 +17,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"fastseq {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (info, check, demo, bench, lm):
+    for module in (info, check, demo, dec, lm, bench):
         module.add_parser(commands)
     return parser
 

@@ -1,0 +1,228 @@
+"""Accuracy and seconds of deep embedded clustering: ``python -m benchmarks.bench_dec --data digits --seeds 5``.
+
+One call fills the rows of one data set in ``benchmarks/results/dec.json`` and writes ``benchmarks/results/dec.md``
+anew from all that is there: k-means of the data; then, from one pretrained autoencoder per seed, k-means of its codes,
+DEC without backpropagation into the encoder, DEC, and IDEC; and ClustPy's DEC with the same layers, epochs and batches
+where it is installed. Every seed is in the figures, and labels are used for them only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib import util
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastseq import datasets, metrics
+from fastseq.autoencoder import DenoisingAutoencoder
+from fastseq.cli.bench.results import commit
+from fastseq.cluster import DEC, KMeans
+from fastseq.cluster.recipes import RECIPES
+from fastseq.datasets import Labelled
+
+RESULTS = Path(__file__).parent / "results" / "dec.json"
+TABLE = RESULTS.with_suffix(".md")
+LOADERS: dict[str, Callable[[Path | None], Labelled]] = {
+    "digits": lambda _: datasets.load_digits(),
+    "mnist": datasets.load_mnist,
+    "reuters21578": datasets.load_reuters21578,
+    "reuters10k": datasets.load_reuters10k,
+    "reuters": datasets.load_reuters,
+    "stl10": datasets.load_stl10_hog,
+}
+METHODS = ("k-means", "autoencoder + k-means", "DEC without backprop", "DEC", "IDEC", "ClustPy DEC")
+PRETRAINING = (
+    "hidden_sizes",
+    "corruption",
+    "noise",
+    "pretrain_epochs",
+    "pretrain_batch_size",
+    "pretrain_learning_rate",
+)
+IDEC_WEIGHT = 10.0  # Guo et al. weigh the clustering loss 0.1 against the reconstruction
+
+
+@dataclass
+class Result:
+    """One seed of one method. Seconds are those of the method itself; what it shares with others is in ``shared``."""
+
+    method: str
+    seed: int
+    accuracy: float
+    nmi: float
+    ari: float
+    seconds: float
+    shared: float = 0.0
+
+
+def judge(method: str, seed: int, data: Labelled, labels: Any, seconds: float, shared: float = 0.0) -> Result:
+    """The scores of one clustering."""
+    return Result(
+        method,
+        seed,
+        metrics.clustering_accuracy(data.labels, labels),
+        float(metrics.normalized_mutual_info_score(data.labels, labels)),
+        float(metrics.adjusted_rand_score(data.labels, labels)),
+        seconds,
+        shared,
+    )
+
+
+def pretrained(data: Labelled, recipe: dict[str, Any], seed: int, progress: bool) -> tuple[DenoisingAutoencoder, float]:
+    """The autoencoder that the methods of one seed share, and its seconds."""
+    start = time.perf_counter()
+    model = DEC(**recipe | {"max_iter": 0, "n_init": 1}, random_state=seed, progress=progress).fit(data.data)
+    autoencoder = model.autoencoder_
+    assert isinstance(autoencoder, DenoisingAutoencoder)
+    return autoencoder, time.perf_counter() - start
+
+
+def measure(data: Labelled, recipe: dict[str, Any], seed: int, progress: bool) -> list[Result]:
+    """All methods of one seed."""
+    results = []
+    k = recipe["n_clusters"]
+    start = time.perf_counter()
+    labels = KMeans(k, n_init=20, random_state=seed).fit_predict(np.asarray(data.data))
+    results.append(judge(METHODS[0], seed, data, labels, time.perf_counter() - start))
+
+    model, shared = pretrained(data, recipe, seed, progress)
+    rest = {name: value for name, value in recipe.items() if name not in PRETRAINING}
+    variants: dict[str, dict[str, Any]] = {
+        METHODS[1]: {"max_iter": 0},
+        METHODS[2]: {"train_encoder": False},
+        METHODS[3]: {},
+        METHODS[4]: {"reconstruction_weight": IDEC_WEIGHT},
+    }
+    for method, changes in variants.items():
+        start = time.perf_counter()
+        fitted = DEC(**rest | changes, autoencoder=model, random_state=seed, progress=progress).fit(data.data)
+        results.append(judge(method, seed, data, fitted.labels_, time.perf_counter() - start, shared))
+        print(f"  seed {seed}, {method}: {results[-1].accuracy:.4f}, {results[-1].seconds:.1f} s", flush=True)
+    return results
+
+
+def measure_clustpy(data: Labelled, recipe: dict[str, Any], seed: int) -> Result:
+    """ClustPy's DEC, with the same layers and the same number of epochs and batch size in pretraining."""
+    import inspect
+
+    from clustpy.deep import DEC as Peer
+    from clustpy.deep.autoencoders import FeedforwardAutoencoder
+
+    k = recipe["n_clusters"]
+    torch.manual_seed(seed)
+    hidden = list(recipe.get("hidden_sizes", (500, 500, 2000)))
+    autoencoder = FeedforwardAutoencoder([data.data.shape[1], *hidden, k])
+    wanted = {
+        "n_clusters": k,
+        "batch_size": recipe.get("pretrain_batch_size", 256),
+        "pretrain_epochs": recipe["pretrain_epochs"],
+        "autoencoder": autoencoder,
+        "embedding_size": k,
+        "random_state": seed,
+    }
+    known = inspect.signature(Peer.__init__).parameters
+    start = time.perf_counter()
+    labels = Peer(**{name: value for name, value in wanted.items() if name in known}).fit(np.asarray(data.data)).labels_
+    return judge(METHODS[5], seed, data, labels, time.perf_counter() - start)
+
+
+def environment() -> dict[str, Any]:
+    """Where it was measured."""
+    model = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "")
+    return {
+        "commit": commit(),
+        "cpu": model.partition(":")[2].strip() or platform.processor(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+
+
+def rows(name: str, entry: dict[str, Any] | None) -> list[str]:
+    """The table's rows of one data set."""
+    if entry is None:
+        hint = f"`python -m benchmarks.bench_dec --data {name}`"
+        return [f"| {name} | all | not measured here: data not available ({hint}) | | | |"]
+    made = []
+    for method in METHODS:
+        results = [Result(**one) for one in entry["results"] if one["method"] == method]
+        if not results:
+            made.append(f"| {name} | {method} | not measured here: ClustPy is not installed | | | |")
+            continue
+        accuracy = [100 * one.accuracy for one in results]
+        seconds, shared = fmean(one.seconds for one in results), fmean(one.shared for one in results)
+        made.append(
+            f"| {name} | {method} | {fmean(accuracy):.1f} | {min(accuracy):.1f}–{max(accuracy):.1f} "
+            f"| {seconds:.1f}{f' + {shared:.1f} shared' if shared else ''} "
+            f"| {', '.join(str(one.seed) for one in results)} |"
+        )
+    return made
+
+
+def render(stored: dict[str, Any]) -> str:
+    """The table of all data sets, and where each was measured."""
+    lines = [
+        "<!-- written by `python -m benchmarks.bench_dec` -->",
+        "# Clustering accuracy",
+        "",
+        "Accuracy in percent under the best matching of clusters and classes. Seconds are means over the seeds; the "
+        "pretrained autoencoder is shared by the methods of a seed. All seeds that were run are in.",
+        "",
+        "| data | method | mean | range | seconds | seeds |",
+        "|---|---|---:|---:|---:|---|",
+    ]
+    for name in LOADERS:
+        lines += rows(name, stored.get(name))
+    for name, entry in stored.items():
+        where = entry["environment"]
+        lines += [
+            "",
+            f"{name}: {entry['points']:,} points of {entry['features']} features; {where['cpu']}, {where['threads']} "
+            f"threads, torch {where['torch']}, commit {where['commit']}; {json.dumps(entry['recipe'])}",
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measures one data set."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_dec", description=__doc__)
+    parser.add_argument("--data", choices=tuple(LOADERS), default="digits")
+    parser.add_argument("--data-dir", type=Path, help="where the data set is (FASTSEQ_DATA)")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds 0 … N - 1 (%(default)s)")
+    parser.add_argument("--first-seed", type=int, default=0, help="further seeds join those that are stored")
+    parser.add_argument("--no-peer", action="store_true", help="leave ClustPy out")
+    parser.add_argument("--progress", action="store_true", help="show bars")
+    args = parser.parse_args(argv)
+    data, recipe = LOADERS[args.data](args.data_dir), dict(RECIPES[args.data])
+    stored = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    entry = {
+        "environment": environment(),
+        "recipe": recipe,
+        "points": data.data.shape[0],
+        "features": data.data.shape[1],
+        "results": [],
+    }
+    if args.first_seed and args.data in stored:
+        entry["results"] = [one for one in stored[args.data]["results"] if one["seed"] < args.first_seed]
+    for seed in range(args.first_seed, args.first_seed + args.seeds):
+        results = measure(data, recipe, seed, args.progress)
+        if not args.no_peer and util.find_spec("clustpy") is not None:
+            results.append(measure_clustpy(data, recipe, seed))
+        entry["results"] += [asdict(result) for result in results]
+        stored[args.data] = entry
+        RESULTS.write_text(json.dumps(stored, indent=1) + "\n")  # after each seed: the runs are long
+        TABLE.write_text(render(stored))
+    print("\n".join(rows(args.data, stored[args.data])))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,162 @@
+// The part of the self-test for points and centres: assignment, its gradients, loss, target and nearest centre.
+#pragma once
+
+#include <cstdint>
+
+#include "compare.h"
+
+namespace fastseq {
+
+struct ClusterProblem {
+  int N, d, K, threads;
+  double alpha;
+  Numbers z, centers, target, freq, arriving;
+
+  std::string describe() const {
+    char text[120];
+    std::snprintf(text, sizeof(text), "clustering N=%d d=%d K=%d alpha=%g threads=%d", N, d, K, alpha, threads);
+    return text;
+  }
+};
+
+struct ClusterResults {
+  Numbers q, dz, dcenters, loss, loss_dz, loss_dcenters, freq_loss, freq_dz, freq_dcenters, distance, label_distance, p;
+};
+
+inline ClusterProblem draw_cluster_problem(std::mt19937& random) {
+  const auto below = [&](int n) { return static_cast<int>(random() % static_cast<unsigned>(n)); };
+  const double alphas[] = {1, 1, 0.5, 3};
+  ClusterProblem c{};
+  c.N = 1 + below(below(2) ? 400 : 20), c.d = 1 + below(below(2) ? 90 : 10), c.K = 1 + below(below(2) ? 90 : 10);
+  c.threads = 1 + below(4), c.alpha = alphas[below(4)];
+  c.z = draw_normal(random, c.N * c.d, 1 / std::sqrt(c.d)), c.centers = draw_normal(random, c.K * c.d, 1);
+  c.target = draw_normal(random, c.N * c.K, 1), c.freq = draw_normal(random, c.K, 1);
+  for (double& number : c.target) number = number > 0 ? number : 0;
+  for (double& number : c.freq) number = static_cast<float>(0.1 + std::abs(number));
+  c.arriving = draw_normal(random, c.N * c.K, 1);
+  return c;
+}
+
+// Straight from the formulas of fastseq/reference/.
+inline ClusterResults by_loops(const ClusterProblem& c) {
+  const auto N = static_cast<std::size_t>(c.N), d = static_cast<std::size_t>(c.d), K = static_cast<std::size_t>(c.K);
+  ClusterResults r;
+  r.q.assign(N * K, 0), r.p.assign(N * K, 0), r.loss.assign(1, 0), r.freq_loss.assign(1, 0);
+  for (Numbers* dz : {&r.dz, &r.loss_dz, &r.freq_dz}) dz->assign(N * d, 0);
+  for (Numbers* dcenters : {&r.dcenters, &r.loss_dcenters, &r.freq_dcenters}) dcenters->assign(K * d, 0);
+  for (std::size_t i = 0; i < N; ++i) {
+    Numbers distance(K, 0), sharp(K);
+    double sum = 0, total = 0, mass = 0, mean = 0;
+    for (std::size_t j = 0; j < K; ++j) {
+      for (std::size_t k = 0; k < d; ++k)
+        distance[j] += (c.z[i * d + k] - c.centers[j * d + k]) * (c.z[i * d + k] - c.centers[j * d + k]);
+      sum += r.q[i * K + j] = std::pow(1 + distance[j] / c.alpha, -(c.alpha + 1) / 2);
+    }
+    for (std::size_t j = 0; j < K; ++j) {
+      double& q = r.q[i * K + j];
+      q /= sum;
+      total += sharp[j] = q * q / c.freq[j];
+      mass += c.target[i * K + j];
+      mean += q * c.arriving[i * K + j];
+    }
+    for (std::size_t j = 0; j < K; ++j) {
+      const double q = r.q[i * K + j], p = c.target[i * K + j], own = sharp[j] / total;
+      r.p[i * K + j] = own;
+      if (p > 0) r.loss[0] += p * std::log(p / q);
+      r.freq_loss[0] += own * std::log(own / q);
+      const double slope = (c.alpha + 1) / (c.alpha + distance[j]);
+      for (std::size_t k = 0; k < d; ++k) {
+        const double way = slope * (c.z[i * d + k] - c.centers[j * d + k]);
+        const auto add = [&](Numbers& dz, Numbers& dcenters, double weight) {
+          dz[i * d + k] += weight * way, dcenters[j * d + k] -= weight * way;
+        };
+        add(r.dz, r.dcenters, q * (mean - c.arriving[i * K + j]));
+        add(r.loss_dz, r.loss_dcenters, p - q * mass);
+        add(r.freq_dz, r.freq_dcenters, own - q);
+      }
+    }
+    r.distance.push_back(*std::min_element(distance.begin(), distance.end()));
+  }
+  r.label_distance = r.distance;
+  return r;
+}
+
+template <typename Real>
+ClusterResults by_kernels(const KernelTable& table, const ClusterProblem& c) {
+  const auto z = as<Real>(c.z), centers = as<Real>(c.centers), target = as<Real>(c.target), freq = as<Real>(c.freq);
+  const auto arriving = as<Real>(c.arriving);
+  const Storage storage = sizeof(Real) == 8 ? Storage::kFloat64 : Storage::kFloat32;
+  ClusterParams params{};
+  params.storage = params.given_storage = params.gradient_storage = storage;
+  params.N = c.N, params.d = c.d, params.K = c.K, params.alpha = c.alpha, params.scale = 1, params.threads = c.threads;
+  params.z = z.data(), params.centers = centers.data();
+  ClusterResults r;
+
+  auto q = poisoned<Real>(target.size());
+  ClusterParams assign = params;
+  assign.task = ClusterTask::kAssign, assign.q = q.data();
+  table.cluster(assign);
+  r.q = wide(q);
+
+  const auto gradients = [&](ClusterParams task, Numbers& dz_to, Numbers& dcenters_to) {
+    auto dz = poisoned<Real>(z.size()), dcenters = poisoned<Real>(centers.size());
+    double loss = 0;
+    task.dz = dz.data(), task.dcenters = dcenters.data(), task.loss = &loss;
+    table.cluster(task);
+    dz_to = wide(dz), dcenters_to = wide(dcenters);
+    return Numbers{loss};
+  };
+  ClusterParams backward = params, with_target = params, with_freq = params;
+  backward.task = ClusterTask::kAssignBackward, backward.given = arriving.data();
+  with_target.task = ClusterTask::kTargetLoss, with_target.given = target.data();
+  with_freq.task = ClusterTask::kFrequencyLoss, with_freq.freq = freq.data();
+  gradients(backward, r.dz, r.dcenters);
+  r.loss = gradients(with_target, r.loss_dz, r.loss_dcenters);
+  r.freq_loss = gradients(with_freq, r.freq_dz, r.freq_dcenters);
+
+  std::vector<std::int64_t> labels(static_cast<std::size_t>(c.N), -1);
+  auto distance = poisoned<Real>(labels.size());
+  NearestParams nearest{};
+  nearest.storage = storage, nearest.N = c.N, nearest.d = c.d, nearest.K = c.K, nearest.threads = c.threads;
+  nearest.z = z.data(), nearest.centers = centers.data(), nearest.labels = labels.data();
+  nearest.distance = distance.data();
+  table.nearest(nearest);
+  r.distance = wide(distance);
+  for (std::size_t i = 0; i < labels.size(); ++i) {
+    double sum = 0;
+    for (int k = 0; k < c.d; ++k) {
+      const double way = c.z[i * static_cast<std::size_t>(c.d) + static_cast<std::size_t>(k)] -
+                         c.centers.at(static_cast<std::size_t>(labels[i] * c.d + k));
+      sum += way * way;
+    }
+    r.label_distance.push_back(sum);
+  }
+
+  auto p = poisoned<Real>(q.size());
+  TargetParams sharpen{};
+  sharpen.storage = storage, sharpen.N = c.N, sharpen.K = c.K, sharpen.threads = c.threads;
+  sharpen.q = q.data(), sharpen.freq = freq.data(), sharpen.p = p.data();
+  table.target(sharpen);
+  r.p = wide(p);
+  return r;
+}
+
+template <typename Real>
+bool check(const KernelTable& table, const ClusterProblem& c, const ClusterResults& truth) {
+  const double bound = 1000 * static_cast<double>(std::numeric_limits<Real>::epsilon());
+  const ClusterResults got = by_kernels<Real>(table, c);
+  bool right = true;
+  const auto compare = [&](const char* name, Numbers ClusterResults::*member) {
+    right = agrees(name, got.*member, truth.*member, bound, c.describe(), table) && right;
+  };
+  compare("q", &ClusterResults::q), compare("p", &ClusterResults::p);
+  compare("dz", &ClusterResults::dz), compare("dcenters", &ClusterResults::dcenters);
+  compare("loss", &ClusterResults::loss), compare("dz of the loss", &ClusterResults::loss_dz);
+  compare("dcenters of the loss", &ClusterResults::loss_dcenters);
+  compare("loss by freq", &ClusterResults::freq_loss), compare("dz by freq", &ClusterResults::freq_dz);
+  compare("dcenters by freq", &ClusterResults::freq_dcenters);
+  compare("distance", &ClusterResults::distance), compare("distance to the label", &ClusterResults::label_distance);
+  return right;
+}
+
+}  // namespace fastseq
