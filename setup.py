@@ -13,7 +13,13 @@ from pybind11.setup_helpers import Pybind11Extension
 from setuptools import setup
 from setuptools.command.build_ext import build_ext
 
-COMMON = ["csrc/bindings_cpu.cpp", "csrc/cpu/parallel.cpp", "csrc/cpu/select.cpp", "csrc/cpu/workspace.cpp"]
+COMMON = [
+    "csrc/bindings_cpu.cpp",
+    "csrc/cpu/packed_step.cpp",
+    "csrc/cpu/parallel.cpp",
+    "csrc/cpu/select.cpp",
+    "csrc/cpu/workspace.cpp",
+]
 # -ffp-contract=off: a fused multiply-add stands only where the source says so, so that every tile shape rounds alike.
 FLAGS = ["-O3", "-std=c++17", "-fvisibility=hidden", "-ffp-contract=off", "-fopenmp", "-Wall", "-Wextra"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]

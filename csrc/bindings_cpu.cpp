@@ -4,13 +4,16 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <cstdint>
 #include <initializer_list>
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
 #include <vector>
 
+#include "cpu/packed_step.h"
 #include "cpu/params.h"
 #include "cpu/select.h"
 #include "cpu/workspace.h"
@@ -212,6 +215,45 @@ double run_peak(int storage, Address data, std::int64_t bytes, std::int64_t repe
   return (current_kernels().*kLoop)(p);
 }
 
+// weights: (w_ih, w_hh, b_ih, b_hh, w_hr) of each layer, 0 for those that are not there.
+std::unique_ptr<PackedStep> pack_step(int storage, bool lstm, int activation, std::int64_t I, std::int64_t H,
+                                      std::int64_t P, const std::vector<std::array<Address, 5>>& weights) {
+  if (activation < 0 || activation > static_cast<int>(Activation::kLogistic))
+    throw std::invalid_argument("unknown activation");
+  require_sizes({static_cast<std::int64_t>(weights.size()), I, H, P});
+  const bool projected = !weights.empty() && weights[0][4] != 0;
+  if (!projected && P != H) throw std::invalid_argument("without w_hr, P must be H");
+  if (projected && !lstm) throw std::invalid_argument("an Elman layer has no projection");
+  std::vector<StepWeights> layers;
+  for (const auto& w : weights) {
+    require(w[0] && w[1] && (w[4] != 0) == projected, "w_ih, w_hh, and w_hr in every layer or in none,");
+    layers.push_back({pointer(w[0]), pointer(w[1]), pointer(w[2]), pointer(w[3]), pointer(w[4])});
+  }
+  const StepShape shape{storage_of(storage),
+                        lstm,
+                        static_cast<Activation>(activation),
+                        static_cast<std::int64_t>(layers.size()),
+                        I,
+                        H,
+                        P,
+                        projected};
+  const py::gil_scoped_release release;
+  return std::make_unique<PackedStep>(shape, layers);
+}
+
+bool run_step(const PackedStep& step, std::int64_t B, Address x, Address h, Address c, Address y, Address h_n,
+              Address c_n, int threads) {
+  StepParams p{};
+  p.B = B;
+  p.x = pointer(x), p.h = pointer(h), p.c = pointer(c);
+  p.y = pointer(y), p.h_n = pointer(h_n), p.c_n = pointer(c_n);
+  p.threads = threads < 1 ? 1 : threads;
+  require_sizes({B});
+  require(x && h && y && h_n && (!step.shape().lstm || (c && c_n)), "x, h, y, h_n, and an LSTM's c and c_n");
+  const py::gil_scoped_release release;
+  return step.run(p);
+}
+
 std::vector<std::string> names() {
   std::vector<std::string> found;
   for (const KernelTable* table : runnable_kernels()) found.emplace_back(table->name);
@@ -264,6 +306,9 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("lstm_backward", bind<&KernelTable::lstm_backward>(&backward_params, &check_lstm_backward));
   m.def("rnn_forward", bind<&KernelTable::rnn_forward>(&forward_params, &check_rnn_forward));
   m.def("rnn_backward", bind<&KernelTable::rnn_backward>(&backward_params, &check_rnn_backward));
+  py::class_<PackedStep>(m, "PackedStep", "The packed weights of a stack of layers: one step of it at a time.")
+      .def(py::init(&pack_step))
+      .def("run", &run_step);
   m.def("fma_loop", &run_peak<&KernelTable::fma_loop>);
   m.def("read_loop", &run_peak<&KernelTable::read_loop>);
   m.def("cluster", bind<&KernelTable::cluster>(&cluster_params, &check_cluster));

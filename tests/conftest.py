@@ -36,10 +36,23 @@ def set_search(everything: bool) -> None:
     settings.load_profile("full" if everything else "quick")
 
 
+# Instruction sets that have kernels of their own for bfloat16 alone; for the rest they hand on those of avx512.
+FOR_BFLOAT16 = ("amx", "avx512_bf16")
+
+
+def repeats_another_set(item: pytest.Item) -> bool:
+    """Whether a test names such an instruction set, and a dtype for which it has no kernels of its own."""
+    values = (
+        list(item.callspec.params.values()) if isinstance(item, pytest.Function) and hasattr(item, "callspec") else []
+    )
+    named = any(isinstance(value, str) and value.removeprefix("cpp-") in FOR_BFLOAT16 for value in values)
+    return named and torch.bfloat16 not in values
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     left_out = []
     if not config.getoption("--full"):
-        left_out += [item for item in items if item.get_closest_marker("full")]
+        left_out += [item for item in items if item.get_closest_marker("full") or repeats_another_set(item)]
     if not torch.cuda.is_available():
         left_out += [item for item in items if item.get_closest_marker("gpu") and item not in left_out]
     if left_out:

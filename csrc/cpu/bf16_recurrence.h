@@ -8,6 +8,7 @@
 #pragma once
 
 #include "bf16_gradients.h"
+#include "launch.h"
 #include "recurrence.h"
 
 namespace fastseq {

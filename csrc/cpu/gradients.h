@@ -2,6 +2,7 @@
 // rows.
 #pragma once
 
+#include "hidden.h"
 #include "pack.h"
 #include "team.h"
 
@@ -67,6 +68,12 @@ struct WeightGradient {
   Storage storage;  // of the results
   // Where the rows come in parts: whether to add to the sums of the parts before, and whether this is the last.
   bool continued = false, complete = true;
+  // The rows that count, or null for all of them; not where they come in parts.
+  const int32_t* valid = nullptr;
+  int64_t valid_rows = 0;
+
+  int64_t rows() const { return valid ? valid_rows : d.rows; }
+  int64_t row(int64_t k) const { return valid ? valid[k] : k; }
 
   static int64_t vectors(int64_t width) { return divide_up(width, kLanes<Real>); }
   // For right operands of so many vectors together.
@@ -83,9 +90,9 @@ struct WeightGradient {
     const int64_t all_vectors = (sources.columns().vectors() + ...);
     const Range mine = split(d.gates * unit_tiles.count(), threads, thread);
     const int64_t passes = divide_up(mine.end - mine.begin, kPackedTiles);
-    const int64_t blocks = divide_up(d.rows, kBlockRows);
+    const int64_t blocks = rows() > 0 ? divide_up(rows(), kBlockRows) : 1;  // with no rows the sums are zero
     for (int64_t block = 0; block < blocks; ++block) {
-      const Range k = split(d.rows, blocks, block);
+      const Range k = split(rows(), blocks, block);
       const int64_t depth = k.end - k.begin;
       // Two buffers by turns: a thread that packs the next block must not overwrite the one still in use.
       Real* shared = panels + block % 2 * kBlockRows * all_vectors * kLanes<Real>;
@@ -135,8 +142,8 @@ struct WeightGradient {
   void pack_panel(const Source& source, const Panel& panel, const Range& k, Real* to) const {
     const int64_t n = kLanes<Real>;
     to += panel.first * (k.end - k.begin) * n;
-    int64_t t = k.begin / B, b = k.begin % B;
-    for (int64_t row = k.begin; row < k.end; ++row) {
+    for (int64_t i = k.begin; i < k.end; ++i) {
+      const int64_t t = row(i) / B, b = row(i) % B;
       const void* from = source.row_of(t, b);
       for (int v = 0; v < panel.vectors; ++v, to += n) {
         const int64_t column = (panel.first + v) * n;
@@ -146,18 +153,14 @@ struct WeightGradient {
           if (source.scale) value = value * load(source.scale + b * source.scale_stride + column);
         store(to, value);
       }
-      if (++b == B) {
-        b = 0;
-        ++t;
-      }
     }
   }
   void pack_left(const Tile* tiles, int count, const Range& k, Real* packed) const {
-    for (int64_t row = k.begin; row < k.end; ++row, packed += kTileRows) {
-      const Real* from = d.data + row * d.stride;
+    for (int64_t i = k.begin; i < k.end; ++i, packed += kTileRows) {
+      const Real* from = d.data + row(i) * d.stride;
       // A tile of fewer rows takes some numbers more, which are not used; the tape's width has room for them.
-      for (int i = 0; i < count; ++i)
-        memcpy(packed + i * kPackedStride, from + tiles[i].column, kTileRows * sizeof(Real));
+      for (int tile = 0; tile < count; ++tile)
+        memcpy(packed + tile * kPackedStride, from + tiles[tile].column, kTileRows * sizeof(Real));
     }
   }
   template <typename Source>
@@ -206,8 +209,9 @@ struct InputGradient {
   GateGradients<Real> d;
   Storage storage;
   int64_t I;
-  const Real* panels;  // pack_plain of w_ih
-  void* dx;            // [rows, I]
+  const Real* panels;    // pack_plain of w_ih
+  void* dx;              // [rows, I]
+  const uint8_t* flags;  // [rows] or null; where all rows of a tile are padding, their gradient is zero
 
   static constexpr int64_t kRowTiles = 16;
   static constexpr int64_t kDepth = 128;
@@ -231,9 +235,11 @@ struct InputGradient {
           for (int64_t j = first; j < last; ++j) {
             const int64_t row = row_tiles.first(j);
             const AccumulateOp<Real> op{block + (row - row0) * width, width, width, k > 0};
+            const bool over = all_padding(flags ? flags + row : nullptr, row_tiles.height(j));
             run_tile<Chains::kOne, ALayout::kRows, Real>(
                 row_tiles.height(j), panel.vectors, op,
-                Product<Real>{panels + panel.first * K * n + k * width, depth, d.data + row * d.stride + k, d.stride});
+                Product<Real>{panels + panel.first * K * n + k * width, over ? 0 : depth, d.data + row * d.stride + k,
+                              d.stride});
           }
         }
         const int64_t column = panel.first * n;

@@ -19,6 +19,15 @@ struct Clock {
   bool is_first(int64_t t) const { return t == (reverse ? T - 1 : 0); }
 };
 
+// Whether the sequences of so many rows of the batch, from the row that `flags` belongs to on, are all over: then their
+// products are not needed. Flags may be null.
+FASTSEQ_INLINE bool all_padding(const uint8_t* flags, int rows) {
+  if (flags == nullptr) return false;
+  for (int r = 0; r < rows; ++r)
+    if (!(flags[r] & kFlagPadding)) return false;
+  return true;
+}
+
 // The h that steps hand on. In plain float and double that is y itself. With flags or half types two slots of
 // arithmetic numbers take turns: they hold h_{t-1} as step t shall see it, rounded, with padding carried and resets
 // already made. Where recurrent dropout masks h_{t-1}, two more slots hold it so for the product to read.

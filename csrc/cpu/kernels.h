@@ -3,9 +3,11 @@
 #pragma once
 
 #include "clustering.h"
+#include "launch.h"
 #include "nearest.h"
 #include "peaks.h"
 #include "recurrence.h"
+#include "step.h"
 #include "target.h"
 
 namespace fastseq {
@@ -45,6 +47,9 @@ constexpr KernelTable make_table(const char* name) {
           &dispatch<RecurrentBackward, LstmCell, BackwardParams>,
           &dispatch<RecurrentForward, ElmanCell, ForwardParams>,
           &dispatch<RecurrentBackward, ElmanCell, BackwardParams>,
+          &step_bytes,
+          &step_pack,
+          &step,
           &cluster,
           &dispatch_storage<NearestCenter, NearestParams>,
           &dispatch_storage<TargetDistribution, TargetParams>,

@@ -76,6 +76,27 @@ struct BackwardParams {
   int threads;
 };
 
+// One step of a stack of layers in one direction, from weights that were packed before (step.h).
+struct StepShape {
+  Storage storage;
+  bool lstm;
+  Activation activation;    // of an Elman layer
+  int64_t layers, I, H, P;  // layer 0 reads I numbers, the others P
+  bool projected;
+};
+struct StepWeights {  // of one layer, as ForwardParams has them
+  const void *w_ih, *w_hh, *b_ih, *b_hh, *w_hr;
+};
+struct StepParams {
+  StepShape shape;
+  char* packed;
+  int64_t B;
+  const void *x, *h, *c;  // [B, I], [layers, B, P], [layers, B, H] or null
+  void *y, *h_n, *c_n;    // [B, P], [layers, B, P], [layers, B, H] or null
+  bool backwards;         // walks the panels from the last to the first
+  int threads;
+};
+
 // Soft assignment of N points to K centres, its gradients, and the clustering loss with its gradients.
 enum class ClusterTask : int { kAssign = 0, kAssignBackward = 1, kTargetLoss = 2, kFrequencyLoss = 3 };
 struct ClusterParams {
@@ -130,6 +151,9 @@ struct KernelTable {
   BackwardFn lstm_backward;
   ForwardFn rnn_forward;
   BackwardFn rnn_backward;
+  int64_t (*step_bytes)(const StepShape&);  // of the packed weights
+  void (*step_pack)(const StepShape&, const StepWeights* layers, char* packed);
+  void (*step)(const StepParams&);
   void (*cluster)(const ClusterParams&);
   void (*nearest)(const NearestParams&);
   void (*target)(const TargetParams&);

@@ -9,28 +9,9 @@
 
 #include "gradients.h"
 #include "recompute.h"
-#include "workspace.h"
 
 namespace fastseq {
 namespace {
-
-// Measures a kernel's scratch memory, places it, and runs the kernel on its threads.
-template <typename Kernel, typename Params>
-void launch(const Params& p) {
-  Kernel sizes(p);
-  Carver measure(nullptr);
-  sizes.place(measure);
-  const Workspace workspace(static_cast<size_t>(measure.used()));
-  Kernel kernel(p);
-  Carver carver(workspace.data());
-  kernel.place(carver);
-  kernel.prepare();
-  const ParallelBody body = [](void* self, int thread, int threads) {
-    static_cast<Kernel*>(self)->work(thread, threads);
-  };
-  run_parallel(kernel.threads(), body, &kernel);
-  kernel.finish();
-}
 
 template <typename Cell, typename Real, Flags kFlags>
 class RecurrentForward {
@@ -127,6 +108,7 @@ class RecurrentForward {
           const int64_t column = panel.first * kLanes<Real>;
           product.panel = w_ + column * p_.I * Cell::kGates;
           product.chain = chain_for<Real>(p_.H);
+          if (kFlags && all_padding(flags_ + begin * p_.B + row, rows)) product.K = 0;
           const ProjectionOp<Real> op{bias_ + column, gates(begin, begin) + row * gates_stride_ + column, gates_stride_,
                                       Cell::template slot_stride<Real>(width_)};
           Cell::template run<Chains::kOne, Real>(rows, panel, op, product);
@@ -159,8 +141,9 @@ class RecurrentForward {
   void cell(int64_t step, int64_t begin, const Panel& panel, int64_t tile) const {
     const int64_t t = clock_.time(step), row = batch_.first(tile), column = panel.first * kLanes<Real>;
     const int64_t stride = hidden_.read_stride(step);
-    const Product<Real> product{r_ + column * p_.P * Cell::kGates, p_.P, hidden_.read(step) + row * stride, stride,
-                                chain_for<Real>(p_.H)};
+    Product<Real> product{r_ + column * p_.P * Cell::kGates, p_.P, hidden_.read(step) + row * stride, stride,
+                          chain_for<Real>(p_.H)};
+    if (kFlags && all_padding(flags_ + t * p_.B + row, batch_.height(tile))) product.K = 0;
     Real* preactivation = gates(t, begin) + row * gates_stride_ + column;
     if constexpr (Cell::kHasC) {
       LstmCellOp<Real, kFlags> op{preactivation,
@@ -301,6 +284,7 @@ class RecurrentBackward {
         sums_hh_ = carver.take<Real>(Cell::kGates * p_.H * p_.P);
         if (p_.w_hr) sums_hr_ = carver.take<Real>(p_.P * p_.H);
       }
+      if (kFlags && p_.flags && !recomputes()) valid_ = carver.take<int32_t>(T * B);
       if (p_.db) db_ = carver.take<Real>(batch_.count() * K);
     }
     progress_stride_ = round_up(batch_.count(), 8);
@@ -315,6 +299,9 @@ class RecurrentBackward {
     }
     if (Real* last = kFlags ? hidden_.carry : hidden_.last)
       load_rows<Real>(p_.storage, p_.grad_h_n, p_.P, last, hidden_.width(p_.P), p_.B, p_.P);
+    if (valid_)
+      for (int64_t row = 0; row < p_.T * p_.B; ++row)
+        if (!(p_.flags[row] & kFlagPadding)) valid_[valid_rows_++] = static_cast<int32_t>(row);
     if (db_) memset(db_, 0, static_cast<size_t>(batch_.count() * Cell::kGates * width_) * sizeof(Real));
     if (kFlags == kWithOptions) prepare_options();
   }
@@ -400,10 +387,15 @@ class RecurrentBackward {
     const bool continued = chunk.last < p_.T, complete = chunk.first == 0;
     const GateGradients<Real> d{dgates_, gates_stride_, Cell::kGates, p_.H, width_, rows};
     if (p_.dx)
-      InputGradient<Real>{d, p_.storage, p_.I, w_, at(p_.dx, p_.storage, chunk.begin * p_.B * p_.I)}.run(
-          block_ + thread * InputGradient<Real>::block_numbers(), thread, threads);
+      InputGradient<Real>{d,
+                          p_.storage,
+                          p_.I,
+                          w_,
+                          at(p_.dx, p_.storage, chunk.begin * p_.B * p_.I),
+                          kFlags && p_.flags ? p_.flags + chunk.begin * p_.B : nullptr}
+          .run(block_ + thread * InputGradient<Real>::block_numbers(), thread, threads);
     if (!weights()) return;
-    const WeightGradient<Real> gradient{d, p_.B, p_.storage, continued, complete};
+    const WeightGradient<Real> gradient{d, p_.B, p_.storage, continued, complete, valid_, valid_rows_};
     Real* packed = packed_ + thread * WeightGradient<Real>::packed_numbers();
     const InputRows x{p_.storage, at(p_.x, p_.storage, chunk.begin * p_.x_stride_t), p_.x_stride_t, p_.x_stride_b};
     gradient.run(panels_, packed, thread, threads, barrier_, row_source(p_.storage, p_.I, x, p_.dw_ih, sums_ih_),
@@ -411,8 +403,13 @@ class RecurrentBackward {
                             hidden_.width(p_.P)));
     if (p_.w_hr) {
       constexpr Storage kPlain = sizeof(Real) == 8 ? Storage::kFloat64 : Storage::kFloat32;
-      const WeightGradient<Real> projection{
-          {dh_, dh_stride_, 1, p_.P, tape_width(p_.P), rows}, p_.B, p_.storage, continued, complete};
+      const WeightGradient<Real> projection{{dh_, dh_stride_, 1, p_.P, tape_width(p_.P), rows},
+                                            p_.B,
+                                            p_.storage,
+                                            continued,
+                                            complete,
+                                            valid_,
+                                            valid_rows_};
       projection.run(
           panels_, packed, thread, threads, barrier_,
           row_source(kPlain, p_.H, InputRows{kPlain, unprojected_, p_.B * width_, width_}, p_.dw_hr, sums_hr_));
@@ -436,8 +433,12 @@ class RecurrentBackward {
   }
 
   // dgates_{t+1} R for the rows of a tile: no product at the last step.
-  Product<Real> recurrent(int64_t step, const Chunk& chunk, const Panel& panel, int64_t row) const {
+  Product<Real> recurrent(int64_t step, const Chunk& chunk, const Panel& panel, int64_t tile) const {
     if (step == p_.T - 1) return {nullptr, 0, nullptr, 0, 0};
+    const int64_t row = batch_.first(tile);
+    // On padding the gates' gradients are zero.
+    if (kFlags && all_padding(flags_ + clock_.time(step + 1) * p_.B + row, batch_.height(tile)))
+      return {nullptr, 0, nullptr, 0, 0};
     const int64_t K = Cell::kGates * width_;
     const Real* after = step + 1 == chunk.last ? edge_ : dgates_at(step + 1, chunk);
     return {r_ + panel.first * kLanes<Real> * K, K, after + row * gates_stride_, gates_stride_, chain_for<Real>(p_.P)};
@@ -454,7 +455,7 @@ class RecurrentBackward {
     const HiddenGradOp<Real, kFlags> op{hidden_.source(step, row, column),
                                         dh_ + (in_chunk(step, chunk) + row) * dh_stride_ + column, dh_stride_};
     run_tile<Chains::kSide, ALayout::kRows, Real>(batch_.height(tile), panel.vectors, op,
-                                                  recurrent(step, chunk, panel, row));
+                                                  recurrent(step, chunk, panel, tile));
   }
   void cell(int64_t step, const Chunk& chunk, const Panel& panel, int64_t tile) const {
     const int64_t t = clock_.time(step), row = batch_.first(tile), column = panel.first * kLanes<Real>;
@@ -482,12 +483,12 @@ class RecurrentBackward {
       run_tile<Chains::kSide, ALayout::kRows, Real>(
           batch_.height(tile), panel.vectors, op,
           projected ? Product<Real>{w_hr_ + column * p_.P, p_.P, dh_ + (rows + row) * dh_stride_, dh_stride_}
-                    : recurrent(step, chunk, panel, row));
+                    : recurrent(step, chunk, panel, tile));
     } else {
       const ElmanGradOp<Real, kFlags> op{hidden_.source(step, row, column), gates_ + rows * gates_stride_ + gate,
                                          dgates_at(step, chunk) + gate, gates_stride_, db};
       run_tile<Chains::kSide, ALayout::kRows, Real>(batch_.height(tile), panel.vectors, op,
-                                                    recurrent(step, chunk, panel, row));
+                                                    recurrent(step, chunk, panel, tile));
     }
   }
   void initial(const Chunk& chunk, const Panel& panel, int64_t tile) const {
@@ -495,7 +496,7 @@ class RecurrentBackward {
     const InitialHiddenGradOp<Real, kFlags> op{hidden_.source(-1, row, column), p_.storage,
                                                p_.dh0 ? at(p_.dh0, p_.storage, row * p_.P + column) : nullptr, p_.P};
     run_tile<Chains::kSide, ALayout::kRows, Real>(batch_.height(tile), panel.vectors, op,
-                                                  recurrent(-1, chunk, panel, row));
+                                                  recurrent(-1, chunk, panel, tile));
   }
 
   CellGradOptions<Real> cell_grad_options(int64_t t, int64_t tile, int64_t column) const {
@@ -531,6 +532,8 @@ class RecurrentBackward {
   const Real* gates_ = nullptr;
   Real *dgates_ = nullptr, *edge_ = nullptr;  // edge_: of the first step of the chunk that is done, when recomputing
   WithOptions<kFlags, Recompute<Cell, Real, kFlags>> again_{};
+  int32_t* valid_ = nullptr;  // the rows of T * B that are no padding, where there may be some
+  int64_t valid_rows_ = 0;
   Real *dc_reset_ = nullptr, *peephole_ = nullptr, *dpeephole_ = nullptr;
   HiddenGradient<Real, kFlags> hidden_{};
   Barrier barrier_;

@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import PackedSequence
 from fastseq.errors import ShapeError
 from fastseq.nn import vendor
 from fastseq.nn.packing import Packing
-from fastseq.nn.streaming import PackedWeights, dense_copies, may_pack
+from fastseq.nn.streaming import Form, PackedStep
 from fastseq.ops.checks import refuse_shape
 from fastseq.ops.flags import checked_flags, step_flags
 
@@ -68,7 +68,7 @@ class RecurrentForward(_Module):
     grad_clip: float | None = None
     recompute: bool = False
 
-    _packed: PackedWeights[dict[str, Tensor]] | None = None
+    _packed: PackedStep | None = None
 
     # What differs between the two, supplied by LSTMForward and RNNForward.
 
@@ -102,6 +102,14 @@ class RecurrentForward(_Module):
     def _uses_options(self) -> bool:
         """Whether the module computes something that torch.nn's does not."""
         return (self.recurrent_dropout > 0 and self.training) or self.grad_clip is not None or self.recompute
+
+    def _alters_step(self) -> bool:
+        """Whether a step computes something else than the plain layers, at least by chance."""
+        return bool(self.training and (self.dropout or self.recurrent_dropout))
+
+    def _step_nonlinearity(self) -> str | None:
+        """Of an Elman layer; None for the LSTM."""
+        raise NotImplementedError
 
     # The public forward of both ends here.
 
@@ -239,17 +247,17 @@ class RecurrentForward(_Module):
     def _weights(self, k: int) -> dict[str, Tensor]:
         """The weights of layer and direction k as the operation names them: w_ih, w_hh, b_ih, …, peephole, …"""
         # Read by name at each call, never cached: parametrizations and torch.func.functional_call replace attributes.
-        biases = ("b_ih", "b_hh") if self.bias else ()
-        projection = ("w_hr",) if self.proj_size > 0 else ()
-        names = self._all_weights[k]
-        weights = {
-            operand: getattr(self, name)
-            for operand, name in zip(("w_ih", "w_hh", *biases, *projection), names, strict=True)
-        }
-        suffix = names[0].removeprefix("weight_ih")
+        weights = {operand: getattr(self, name) for operand, name in self._weight_names(k).items()}
+        suffix = self._all_weights[k][0].removeprefix("weight_ih")
         for stem in self._extra_stems():
             weights["peephole" if stem == "weight_peephole" else stem] = getattr(self, stem + suffix)
         return weights
+
+    def _weight_names(self, k: int) -> dict[str, str]:
+        """The parameters that torch's layer has too, of layer and direction k, by the operation's names."""
+        biases = ("b_ih", "b_hh") if self.bias else ()
+        projection = ("w_hr",) if self.proj_size > 0 else ()
+        return dict(zip(("w_ih", "w_hh", *biases, *projection), self._all_weights[k], strict=True))
 
     def _recurrent_mask(self, x: Tensor, size: int) -> Tensor | None:
         """Recurrent dropout's mask [B, P] on h_{t-1}, one for all steps and gates; None where nothing is dropped."""
@@ -281,37 +289,39 @@ class RecurrentForward(_Module):
         batched = x_t.dim() == 2
         if states is not None:
             self._check_state_rank(states, batched)
-        if not batched:
-            x_t = x_t.unsqueeze(0)
-            states = None if states is None else tuple(state.unsqueeze(1) for state in states)
-        x = x_t.unsqueeze(0)
+        x = x_t.unsqueeze(0) if batched else x_t.unsqueeze(0).unsqueeze(0)
         self._check_input(x)
-        states = self._initial(x, x.size(1), states)
-        weights = [self._weights(k) for k in range(self.num_layers)]
-        if may_pack(x, *states, *(weight for each in weights for weight in each.values())):
-            y, finals = self._packed_step(x, states, weights)
-        elif self._served_by_vendor(x, Extras()):
-            y, finals = vendor.run(self, x, states)
+        with_batch = None if states is None or batched else tuple(state.unsqueeze(1) for state in states)
+        initial = self._initial(x, x.size(1), states if batched else with_batch)
+        if not torch.compiler.is_compiling() and not self._alters_step():
+            given = initial if batched else tuple(state.squeeze(1) for state in initial)
+            done = self._packed_step(x_t, given, x.size(1))
+            if done is not None:
+                return done
+        if self._served_by_vendor(x, Extras()):
+            y, finals = vendor.run(self, x, initial)
         else:
-            y, finals, _ = self._stack(x, states, Extras(), None)
+            y, finals, _ = self._stack(x, initial, Extras(), None)
         if batched:
             return y.squeeze(0), finals
         return y.squeeze(0).squeeze(0), tuple(state.squeeze(1) for state in finals)
 
     def _packed_step(
-        self, x: Tensor, states: tuple[Tensor, ...], weights: list[dict[str, Tensor]]
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """:meth:`_stack` for one step, with packed weights."""
-        if self._packed is None:
-            self._packed = PackedWeights(dense_copies)
-        finals = []
-        for k, of_layer in enumerate(weights):
-            handle = self._packed.handle(k, of_layer)
-            x, *last = self._direction(x, tuple(state[k] for state in states), handle, None, False, None, False)
-            finals.append(last)
-            if k < self.num_layers - 1:
-                x = self._dropout(x, None)
-        return x, tuple(torch.stack(each) for each in zip(*finals, strict=True))
+        self, x_t: Tensor, states: tuple[Tensor, ...], batch: int
+    ) -> tuple[Tensor, tuple[Tensor, ...]] | None:
+        """A step with checked arguments from packed weights, packed anew if need be; None where they do not serve."""
+        names = [self._weight_names(k) for k in range(self.num_layers)]
+        size = self._state_sizes()[0]
+        form: Form = (x_t.shape, tuple(state.shape for state in states), (*x_t.shape[:-1], size), batch)
+        for packed in (self._packed, None):
+            if packed is None:
+                if not PackedStep.serves(self, names, x_t, states):
+                    return None
+                self._packed = packed = PackedStep(self, names, self._step_nonlinearity())
+            done = packed.first(self, form, x_t, states)
+            if done is not None:
+                return done
+        return None
 
     # What may change the weights in a way that the fingerprints do not see drops the packed ones.
 

@@ -116,6 +116,10 @@ class LSTMForward(RecurrentForward):
             RuntimeError: the module is bidirectional, or has recurrent dropout and is in training mode.
             fastseq.ShapeError, TypeError: as :meth:`forward`.
         """
+        if not torch.compiler.is_compiling() and self._packed is not None and type(state) is tuple:
+            done: Any = None if self._alters_step() else self._packed.repeat(self, x_t, state)
+            if done is not None:
+                return done  # type: ignore[no-any-return]
         y_t, (h, c) = self._step(x_t, _pair(state))
         return y_t, (h, c)
 
@@ -131,6 +135,18 @@ class LSTMForward(RecurrentForward):
             or self.cell_clip is not None
             or self.zoneout != (0, 0)
         )
+
+    def _alters_step(self) -> bool:
+        return (
+            self.peephole
+            or self.layer_norm is not None
+            or self.cell_clip is not None
+            or self.zoneout != (0, 0)
+            or bool(self.training and (self.dropout or self.recurrent_dropout))
+        )
+
+    def _step_nonlinearity(self) -> str | None:
+        return None
 
     def _direction(
         self,

@@ -1,96 +1,156 @@
-"""One step at a time: weights packed once, and a cache of them that notices when the weights change.
+"""One step at a time: weights packed once, and kept as long as they are what they were.
 
 Packing costs more than a step, so only here are packed weights kept. ``Tensor._version`` does not see every write
-(``.data`` passes it by), so an entry is valid only while each weight is the same tensor, at the same address, of the
-same version, and has the same values in a strided sample. A write through ``.data`` of a few numbers that the sample
-does not hold is not seen: call ``module.train(module.training)`` after such a write, which drops the cache, as
-``_apply`` (``to``, ``half``, …) and ``load_state_dict`` do.
+(``.data`` passes it by), so they are valid only while each weight is the same tensor, at the same address, of the same
+version, and has the same values in a strided sample. A write through ``.data`` of a few numbers that the sample
+does not hold is not seen: call ``module.train(module.training)`` after such a write, which drops the packed weights,
+as ``_apply`` (``to``, ``half``, …) and ``load_state_dict`` do.
+
+A step of a small layer takes some microseconds, and each look at a tensor from Python a twentieth of one. So what a
+stream repeats is checked against what the last checked step had, by :meth:`PackedStep.repeat`, and only a step that
+differs goes through all checks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-SAMPLE = 64  # numbers of each weight that are compared at every step
+from fastseq import cpu
+from fastseq.ops import dispatch
 
-Handle = TypeVar("Handle")
+States = tuple[Tensor, ...]
+
+PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 
-@dataclass(frozen=True)
-class Fingerprint:
-    """What tells that a weight is still what it was when it was packed."""
+# The shapes of a step's arguments and results, and the number of rows: x, states, y, batch. A plain tuple: reading
+# a field of a named one costs as much as looking at a tensor.
+Form = tuple[tuple[int, ...], tuple[tuple[int, ...], ...], tuple[int, ...], int]
 
-    weight: Tensor  # held, so that its address cannot be given to another
-    address: int
-    version: int | None
-    sample: Tensor  # a view of the weight
-    values: Tensor  # what the sample held
 
-    @classmethod
-    def of(cls, weight: Tensor) -> Fingerprint | None:
-        """None for a weight whose numbers do not lie side by side, which has no such view."""
-        if not weight.is_contiguous():
-            return None
-        # An odd stride, so that the sample does not stay within one column.
-        sample = weight.detach().view(-1)[:: max(1, weight.numel() // SAMPLE) | 1]
-        return cls(weight, weight.data_ptr(), _version(weight), sample, sample.clone())
+class PackedStep:
+    """The packed weights of a module, and the form that its last step had."""
 
-    def holds(self, weight: Tensor) -> bool:
-        """Whether ``weight`` is the same tensor with the same numbers."""
+    __slots__ = ("_dtype", "_form", "_handle", "_nonlinearity", "_weights")
+
+    def __init__(self, module: Any, names: Sequence[Mapping[str, str]], nonlinearity: str | None) -> None:
+        """``names``: of each layer, how the operation's ``w_ih``, ``w_hh``, … are called in the module."""
+        held = module._parameters
+        self._weights = tuple(
+            (name, held[name], held[name].data_ptr(), _version(held[name])) for of in names for name in of.values()
+        )
+        self._dtype = self._weights[0][1].dtype
+        self._nonlinearity = nonlinearity
+        self._handle = cpu.step.pack(
+            [{operand: held[name] for operand, name in of.items()} for of in names], nonlinearity
+        )
+        self._form: Form | None = None
+
+    @staticmethod
+    def serves(module: Any, names: Sequence[Mapping[str, str]], x: Tensor, states: States) -> bool:
+        """Whether the module's weights can be packed for such arguments: parameters, dense, on the CPU, no gradient."""
+        weights: list[Any] = [module._parameters.get(name) for of in names for name in of.values()]
         return (
-            weight is self.weight
-            and weight.data_ptr() == self.address
-            and _version(weight) == self.version
-            and torch.equal(self.sample, self.values)
+            cpu.available()
+            and is_eager()
+            and all(_is_plain(tensor) for tensor in (x, *states, *weights))
+            and all(weight.is_contiguous() for weight in weights)
+            and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *states, *weights)))
         )
 
+    def first(self, module: Any, form: Form, x: Tensor, states: States) -> tuple[Tensor, States] | None:
+        """A step whose arguments have been checked to be of this form; None where the weights are other ones now."""
+        self._form = form
+        return self.repeat(module, x.contiguous(), tuple(state.contiguous() for state in states))
 
-class PackedWeights(Generic[Handle]):
-    """The packed weights of every layer.
+    def repeat(self, module: Any, x: Tensor, states: States) -> tuple[Tensor, States] | None:
+        """A step like the last one; None where it is not like that, or the packed weights cannot serve it.
 
-    Args:
-        pack: makes a handle of the weights of one layer, by name: whatever the step of that layer wants to have.
-    """
+        Everything is looked at here that memory safety and the validity of the packed weights need.
+        """
+        form = self._form
+        if form is None or not is_eager() or module._step_nonlinearity() != self._nonlinearity:
+            return None
+        x_shape, state_shapes, y_shape, batch = form
+        dtype = self._dtype
+        h, c = states if len(states) == 2 else (states[0], None)
+        # The same for each of the three, written out: a call costs as much as what it looks at.
+        if (
+            type(x) not in PLAIN_TYPES
+            or x.shape != x_shape
+            or x.dtype is not dtype
+            or not x.is_cpu
+            or not x.is_contiguous()
+            or x.is_neg()
+            or type(h) not in PLAIN_TYPES
+            or h.shape != state_shapes[0]
+            or h.dtype is not dtype
+            or not h.is_cpu
+            or not h.is_contiguous()
+            or h.is_neg()
+        ):
+            return None
+        if c is None:
+            if len(state_shapes) != 1:
+                return None
+        elif (
+            len(state_shapes) != 2
+            or type(c) not in PLAIN_TYPES
+            or c.shape != state_shapes[1]
+            or c.dtype is not dtype
+            or not c.is_cpu
+            or not c.is_contiguous()
+            or c.is_neg()
+        ):
+            return None
+        held = module._parameters
+        for name, weight, address, version in self._weights:
+            if (
+                held.get(name) is not weight
+                or weight.data_ptr() != address
+                or (version is not None and weight._version != version)
+            ):
+                return None
+        if torch.is_grad_enabled() and _wants_gradient(x, states, self._weights):
+            return None
+        y = torch.empty_like(x) if y_shape == x_shape else x.new_empty(y_shape)
+        h_n = torch.empty_like(h)
+        threads = torch.get_num_threads()
+        run = self._handle.run
+        if c is None:
+            done = run(batch, x.data_ptr(), h.data_ptr(), 0, y.data_ptr(), h_n.data_ptr(), 0, threads)
+            return (y, (h_n,)) if done else None
+        c_n = torch.empty_like(c)
+        done = run(
+            batch, x.data_ptr(), h.data_ptr(), c.data_ptr(), y.data_ptr(), h_n.data_ptr(), c_n.data_ptr(), threads
+        )
+        return (y, (h_n, c_n)) if done else None
 
-    def __init__(self, pack: Callable[[Mapping[str, Tensor]], Handle]) -> None:
-        self._pack = pack
-        self._entries: dict[int, tuple[dict[str, Fingerprint | None], Handle]] = {}
 
-    def handle(self, layer: int, weights: Mapping[str, Tensor]) -> Handle:
-        """The handle of ``layer``, packed anew if its weights are not those of the last time."""
-        entry = self._entries.get(layer)
-        if entry is not None and entry[0].keys() == weights.keys():
-            prints = entry[0]
-            for name, weight in weights.items():
-                print_ = prints[name]
-                if print_ is None or not print_.holds(weight):
-                    break
-            else:
-                return entry[1]
-        handle = self._pack(weights)
-        self._entries[layer] = ({name: Fingerprint.of(weight) for name, weight in weights.items()}, handle)
-        return handle
-
-
-def dense_copies(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights as the operations take them, in memory of their own: the packing for a step without a kernel."""
-    return {name: weight.detach().clone(memory_format=torch.contiguous_format) for name, weight in weights.items()}
-
-
-def may_pack(*tensors: Any) -> bool:
-    """Whether a step may read packed weights: in plain eager mode on the CPU, when no gradient is wanted."""
+def is_eager() -> bool:
+    """Whether nothing records, transforms or replaces operations: a kernel may be called past the dispatcher."""
     return (
-        not torch.compiler.is_compiling()
+        not torch._C._is_any_autocast_enabled()
         and not torch._C._are_functorch_transforms_active()
         and torch._C._len_torch_dispatch_stack() == 0
-        and not torch._C._is_any_autocast_enabled()
-        and all(type(tensor) in (Tensor, torch.nn.Parameter) and tensor.device.type == "cpu" for tensor in tensors)
-        and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
+        and not torch._C._is_tracing()
+        and dispatch.forced() in (None, "cpp")
+    )
+
+
+def _is_plain(tensor: Any) -> bool:
+    return type(tensor) in PLAIN_TYPES and tensor.is_cpu and tensor.layout is torch.strided and not tensor.is_neg()
+
+
+def _wants_gradient(x: Tensor, states: States, weights: tuple[tuple[str, Tensor, int, int | None], ...]) -> bool:
+    return (
+        x.requires_grad
+        or any(state.requires_grad for state in states)
+        or any(weight.requires_grad for _, weight, _, _ in weights)
     )
 
 
