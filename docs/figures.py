@@ -72,8 +72,8 @@ def language_model(path: Path, steps: int) -> None:
     tokens = vocabulary.encode(text)
     cut = int(0.95 * len(tokens))
     torch.manual_seed(0)
-    model = LanguageModel(len(vocabulary), 32, 128)
-    settings = TrainingSettings(batch=32, window=64, epochs=8, learning_rate=4e-3, evaluate_every=max(1, steps // 20))
+    model = LanguageModel(len(vocabulary), 32, 64)
+    settings = TrainingSettings(batch=16, window=32, epochs=8, learning_rate=5e-3, evaluate_every=max(1, steps // 20))
     trainer = LanguageModelTrainer(model, vocabulary, tokens[:cut], tokens[cut:], settings)
     history = trainer.run(on_evaluation=lambda record: record["step"] >= steps)
     figure = Figure(figsize=(6, 2.6), layout="constrained")
@@ -89,7 +89,7 @@ def language_model(path: Path, steps: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=600, help="of the language model (%(default)s)")
+    parser.add_argument("--steps", type=int, default=300, help="of the language model (%(default)s)")
     parser.add_argument("--out", type=Path, default=IMAGES, metavar="DIR", help="where the pictures go")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)

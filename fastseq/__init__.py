@@ -2,7 +2,7 @@
 
 import torch  # noqa: F401  # first: the C++ kernels share the OpenMP runtime that torch has loaded
 
-from fastseq import functional, init, reference, testing
+from fastseq import diagnostics, functional, init, models, reference, testing
 from fastseq._info import info
 from fastseq._version import __version__
 from fastseq.errors import ShapeError
@@ -19,9 +19,11 @@ __all__ = [
     "States",
     "__version__",
     "convert",
+    "diagnostics",
     "functional",
     "info",
     "init",
+    "models",
     "patch",
     "reference",
     "testing",
