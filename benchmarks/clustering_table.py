@@ -24,7 +24,7 @@ def load() -> dict[str, Any] | None:
 def rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
     """A row per case and provider; the goals stand beside what they are set for."""
     goals = {str(case): GOALS[case] for case in CASES}
-    lines = []
+    lines: list[tuple[str, ...]] = []
     for each in results["cases"]:
         for name, figures in each["figures"].items():
             time, ratio = figures["ms"], figures["ratio"]

@@ -43,6 +43,7 @@ def states_for(module: Any, batch: int | None, dtype: torch.dtype) -> Any:
 def test_the_public_names() -> None:
     expected = {"LSTM", "RNN", "LSTMCell", "RNNCell", "ShapeError", "convert", "to_torch", "patch", "info"}
     expected |= {"functional", "reference", "testing", "__version__", "States", "RNNStates"}
+    expected |= {"diagnostics", "init", "models"}
     assert set(fastseq.__all__) == expected
     assert all(hasattr(fastseq, name) for name in expected)
 
