@@ -1,4 +1,8 @@
-"""Arguments of DEC that suit the data sets of :mod:`fastseq.datasets`; labels played no part but in judging them."""
+"""Arguments of DEC that suit the data sets of :mod:`fastseq.datasets`.
+
+No fit sees a label. The recipe for digits was chosen among about a dozen by the accuracy of seeds 0 to 4 on those same
+digits, so that their figures are on the kind side; the others start from published recipes and have not been tried out.
+"""
 
 from __future__ import annotations
 
