@@ -11,26 +11,10 @@
 namespace fastseq {
 namespace {
 
-// Calls advance a product by even parts of its steps.
-class Pace {
- public:
-  Pace(BF16Unit<float>& unit, int calls)
-      : unit_(unit), rate_((static_cast<uint64_t>(unit.steps()) << 16) / static_cast<uint64_t>(calls)) {}
-  FASTSEQ_INLINE void next() {
-    due_ += rate_;
-    unit_.advance(static_cast<int64_t>(due_ >> 16));
-    due_ &= 0xffff;
-  }
-
- private:
-  BF16Unit<float>& unit_;
-  uint64_t rate_, due_ = 0;
-};
-
 // An Op on the rows of a block, whose sums lie in memory; after(row) follows some rows behind, when what the Op stored
 // there can be loaded again without a wait.
 template <int kVectors, typename Op, typename After>
-FASTSEQ_INLINE void finish_rows_of(const Op& op, int rows, const float* sums, Pace& pace, const After& after) {
+FASTSEQ_INLINE void finish_rows_of(const Op& op, int rows, const float* sums, Pace<float>& pace, const After& after) {
   constexpr int kBehind = 4;
   for (int r = 0; r < rows; ++r) {
     pace.next();
@@ -45,7 +29,7 @@ FASTSEQ_INLINE void finish_rows_of(const Op& op, int rows, const float* sums, Pa
 template <bool kCellOfFour, typename Op, typename After>
 FASTSEQ_INLINE void finish_rows(const Op& op, int rows, int vectors, const float* sums, BF16Unit<float>& unit,
                                 const After& after) {
-  Pace pace(unit, rows);
+  Pace<float> pace(unit, rows);
   if constexpr (kCellOfFour) {
     finish_rows_of<4>(op, rows, sums, pace, after);
   } else {
