@@ -44,6 +44,34 @@ FASTSEQ_INLINE void set_zero(Vec<Real> (&acc)[kRows][kVectors]) {
   for (int v = 0; v < kVectors; ++v) acc[r][v] = zero<Real>();
 }
 
+// One k. What there is less of, numbers of A or vectors of the panel, is held in registers and the other streamed: 3 by
+// 4 accumulators with 4 vectors held would take 17 of AVX2's 16 registers, and a spill in this loop costs a third.
+template <int kRows, int kVectors, ALayout kLayout, typename Real>
+FASTSEQ_INLINE void multiply_step(Vec<Real> (&acc)[kRows][kVectors], const Real* panel, const Real* a, int64_t lda) {
+  const int64_t stride = kLayout == ALayout::kRows ? lda : 1;
+  if constexpr (kRows < kVectors) {
+    Vec<Real> b[kRows];
+    FASTSEQ_UNROLL
+    for (int r = 0; r < kRows; ++r) b[r] = broadcast(a[r * stride]);
+    FASTSEQ_UNROLL
+    for (int v = 0; v < kVectors; ++v) {
+      const Vec<Real> w = load(panel + v * kLanes<Real>);
+      FASTSEQ_UNROLL
+      for (int r = 0; r < kRows; ++r) acc[r][v] = fma(b[r], w, acc[r][v]);
+    }
+  } else {
+    Vec<Real> w[kVectors];
+    FASTSEQ_UNROLL
+    for (int v = 0; v < kVectors; ++v) w[v] = load(panel + v * kLanes<Real>);
+    FASTSEQ_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      const Vec<Real> b = broadcast(a[r * stride]);
+      FASTSEQ_UNROLL
+      for (int v = 0; v < kVectors; ++v) acc[r][v] = fma(b, w[v], acc[r][v]);
+    }
+  }
+}
+
 template <int kRows, int kVectors, int kChains, ALayout kLayout, typename Real>
 FASTSEQ_INLINE void multiply_chain(Vec<Real> (&acc)[kRows][kVectors], const Real* panel, int64_t K, const Real* a,
                                    int64_t lda) {
@@ -60,27 +88,13 @@ FASTSEQ_INLINE void multiply_chain(Vec<Real> (&acc)[kRows][kVectors], const Real
   for (; k < whole; k += kChains) {
     FASTSEQ_UNROLL
     for (int s = 0; s < kChains; ++s) {
-      Vec<Real> w[kVectors];
-      FASTSEQ_UNROLL
-      for (int v = 0; v < kVectors; ++v) w[v] = load(panel + (k + s) * kWidth + v * kLanes<Real>);
-      FASTSEQ_UNROLL
-      for (int r = 0; r < kRows; ++r) {
-        const Real* element = kLayout == ALayout::kRows ? a + r * lda + k + s : a + (k + s) * lda + r;
-        const Vec<Real> b = broadcast(*element);
-        FASTSEQ_UNROLL
-        for (int v = 0; v < kVectors; ++v) side[s][r][v] = fma(b, w[v], side[s][r][v]);
-      }
+      multiply_step<kRows, kVectors, kLayout, Real>(side[s], panel + (k + s) * kWidth,
+                                                    kLayout == ALayout::kRows ? a + k + s : a + (k + s) * lda, lda);
     }
   }
-  for (; k < K; ++k) {
-    FASTSEQ_UNROLL
-    for (int r = 0; r < kRows; ++r) {
-      const Vec<Real> b = broadcast(kLayout == ALayout::kRows ? a[r * lda + k] : a[k * lda + r]);
-      FASTSEQ_UNROLL
-      for (int v = 0; v < kVectors; ++v)
-        side[0][r][v] = fma(b, load(panel + k * kWidth + v * kLanes<Real>), side[0][r][v]);
-    }
-  }
+  for (; k < K; ++k)
+    multiply_step<kRows, kVectors, kLayout, Real>(side[0], panel + k * kWidth,
+                                                  kLayout == ALayout::kRows ? a + k : a + k * lda, lda);
   FASTSEQ_UNROLL
   for (int r = 0; r < kRows; ++r) FASTSEQ_UNROLL
   for (int v = 0; v < kVectors; ++v) {
