@@ -76,7 +76,6 @@ struct LstmCellOp {
   template <int kRows, int kVectors>
   FASTSEQ_INLINE void finish(const Vec<Real> (&acc)[kRows][kVectors]) const {
     static_assert(kVectors == kGates, "an LSTM panel is four gates of one vector of units");
-    FASTSEQ_UNROLL
     for (int r = 0; r < kRows; ++r) {
       if constexpr (kFlags == kWithOptions)
         row_apart(r, acc[r][kInput], acc[r][kForget], acc[r][kCell], acc[r][kOutput]);
@@ -131,7 +130,6 @@ struct LstmGatesOp {
 
   template <int kRows, int kVectors>
   FASTSEQ_INLINE void finish(const Vec<Real> (&acc)[kRows][kVectors]) const {
-    FASTSEQ_UNROLL
     for (int r = 0; r < kRows; ++r) row(r, acc[r][kInput], acc[r][kForget], acc[r][kCell], acc[r][kOutput]);
   }
 
@@ -176,10 +174,8 @@ struct LstmCellGradOp {
   template <int kRows, int kVectors>
   FASTSEQ_INLINE void finish(const Vec<Real> (&acc)[kRows][kVectors]) const {
     if constexpr (kFlags == kWithOptions) return finish_with_options(acc);
-    FASTSEQ_UNROLL
     for (int v = 0; v < kVectors; ++v) {
       Vec<Real> sums[kGates] = {zero<Real>(), zero<Real>(), zero<Real>(), zero<Real>()};
-      FASTSEQ_UNROLL
       for (int r = 0; r < kRows; ++r) {
         const int64_t cell = r * c_stride + v * kLanes<Real>;
         const Real* from = gates + r * gates_stride + v * kLanes<Real>;
@@ -226,9 +222,8 @@ struct LstmCellGradOp {
  private:
   template <int kRows, int kVectors>
   FASTSEQ_INLINE void finish_with_options(const Vec<Real> (&acc)[kRows][kVectors]) const {
-    FASTSEQ_UNROLL
-    for (int v = 0; v < kVectors; ++v) FASTSEQ_UNROLL
-    for (int r = 0; r < kRows; ++r) row_with_options(r, v, acc[r][v]);
+    for (int v = 0; v < kVectors; ++v)
+      for (int r = 0; r < kRows; ++r) row_with_options(r, v, acc[r][v]);
   }
   __attribute__((noinline)) void row_with_options(int r, int v, Vec<Real> recurrent) const {
     const int64_t column = v * kLanes<Real>, cell = r * c_stride + column;

@@ -19,7 +19,7 @@ class RecurrentForward {
   explicit RecurrentForward(const ForwardParams& p)
       : p_(p),
         clock_{p.T, p.reverse},
-        batch_(p.B),
+        batch_(batch_tiles(p.B, Cell::kGates * p.H * p.P * static_cast<int64_t>(sizeof(Real)))),
         width_(tape_width(p.H)),
         gates_stride_(gates_width(p.H, Cell::kGates)),
         vectors_(width_ / kLanes<Real>),
@@ -197,7 +197,7 @@ class RecurrentBackward {
   explicit RecurrentBackward(const BackwardParams& p)
       : p_(p),
         clock_{p.T, p.reverse},
-        batch_(p.B),
+        batch_(batch_tiles(p.B, Cell::kGates * p.H * p.P * static_cast<int64_t>(sizeof(Real)))),
         width_(tape_width(p.H)),
         gates_stride_(gates_width(p.H, Cell::kGates)),
         dh_stride_(gates_width(p.P, 1)),

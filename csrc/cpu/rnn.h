@@ -20,14 +20,13 @@ struct ElmanCellOp {
 
   template <int kRows, int kVectors>
   FASTSEQ_INLINE void finish(const Vec<Real> (&acc)[kRows][kVectors]) const {
-    FASTSEQ_UNROLL
-    for (int r = 0; r < kRows; ++r) FASTSEQ_UNROLL
-    for (int v = 0; v < kVectors; ++v) {
-      if constexpr (kFlags == kWithOptions)
-        vector_apart(r, v, acc[r][v]);
-      else
-        vector(r, v, acc[r][v]);
-    }
+    for (int r = 0; r < kRows; ++r)
+      for (int v = 0; v < kVectors; ++v) {
+        if constexpr (kFlags == kWithOptions)
+          vector_apart(r, v, acc[r][v]);
+        else
+          vector(r, v, acc[r][v]);
+      }
   }
 
  private:
@@ -50,9 +49,8 @@ struct ElmanSlopesOp {
 
   template <int kRows, int kVectors>
   FASTSEQ_INLINE void finish(const Vec<Real> (&acc)[kRows][kVectors]) const {
-    FASTSEQ_UNROLL
-    for (int r = 0; r < kRows; ++r) FASTSEQ_UNROLL
-    for (int v = 0; v < kVectors; ++v) vector(r, v, acc[r][v]);
+    for (int r = 0; r < kRows; ++r)
+      for (int v = 0; v < kVectors; ++v) vector(r, v, acc[r][v]);
   }
 
  private:
@@ -74,10 +72,8 @@ struct ElmanGradOp {
 
   template <int kRows, int kVectors>
   FASTSEQ_INLINE void finish(const Vec<Real> (&acc)[kRows][kVectors]) const {
-    FASTSEQ_UNROLL
     for (int v = 0; v < kVectors; ++v) {
       Vec<Real> sum = zero<Real>();
-      FASTSEQ_UNROLL
       for (int r = 0; r < kRows; ++r) {
         // On padding the source gives zero, and with it this step's gradient is zero.
         const int64_t at = r * stride + v * kLanes<Real>;
