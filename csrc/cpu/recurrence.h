@@ -311,8 +311,9 @@ class RecurrentBackward {
                     Cell::kGates * p_.H * p_.P * static_cast<int64_t>(sizeof(Real)), progress_, progress_stride_);
     if (!team.idle()) {
       const Range outs = team.slice(out_vectors_), units = team.slice(vectors_);
-      pack_plain<Real>(p_.storage, p_.w_hh, Cell::kGates, p_.H, width_, p_.P, {outs.begin, outs.end},
-                       team.share({0, width_}), r_);
+      if (p_.T > 1 || p_.dh0 || kFlags == kWithOptions)
+        pack_plain<Real>(p_.storage, p_.w_hh, Cell::kGates, p_.H, width_, p_.P, {outs.begin, outs.end},
+                         team.share({0, width_}), r_);
       if (p_.w_hr)
         pack_plain<Real>(p_.storage, p_.w_hr, 1, p_.P, p_.P, p_.H, {units.begin, units.end}, team.share({0, p_.P}),
                          w_hr_);
