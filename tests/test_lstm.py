@@ -28,6 +28,22 @@ def test_outputs_and_gradients(case: Case, dtype: torch.dtype, backend: str, see
     assert_matches_reference("lstm", draws_of(case, 4, dtype), implementation=backend, seed=seed)
 
 
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [
+        (Case(2, 11, 3, 725, time="lengths+reset"), torch.float32),
+        (Case(2, 8, 3, 513, reverse=True), torch.float64),
+        pytest.param(Case(2, 7, 3, 1030, P=515), torch.float32, marks=pytest.mark.full),
+        *(pytest.param(Case(3, B, 20, 725), torch.float32, marks=pytest.mark.full) for B in range(7, 14)),
+    ],
+    ids=str,
+)
+def test_weights_beyond_the_second_level_cache(case: Case, dtype: torch.dtype, backend: str, seed: int) -> None:
+    """Of more than 8 MiB: a batch of up to twelve is then one tall tile."""
+    assert_matches_reference("lstm", draws_of(case, 4, dtype), implementation=backend, seed=seed)
+
+
 @pytest.mark.full
 @pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize(("dtype", "time"), DTYPES_AND_TIMES, ids=str)
@@ -125,7 +141,9 @@ def test_same_bits_on_every_run_and_for_any_number_of_threads(isa: str, dtype: t
 
     threads = torch.get_num_threads()
     with use_implementation("cpp"), cpu.use_isa(isa):
-        for case in (Case(6, 37, 20, 70), Case(6, 3, 65, 130, P=40, time="lengths+reset"), Case(5, 1, 3, 8)):
+        cases = [Case(6, 37, 20, 70), Case(6, 3, 65, 130, P=40, time="lengths+reset"), Case(5, 1, 3, 8)]
+        cases += [Case(3, 9, 3, 725)] if dtype == torch.float32 else []  # one tall tile
+        for case in cases:
             given = {n: v for n, v in inputs_of(case, 4, dtype).items() if isinstance(v, Tensor)}
             try:
                 torch.set_num_threads(1)

@@ -27,6 +27,7 @@ struct AccumulateOp {
   bool add;
   template <int kRows, int kVectors>
   FASTSEQ_INLINE void finish(const Vec<Real> (&acc)[kRows][kVectors]) const {
+    if constexpr (kRows > kTileRows) __builtin_unreachable();  // these products are cut into no tall tiles
     FASTSEQ_UNROLL
     for (int r = 0; r < kRows; ++r) FASTSEQ_UNROLL
     for (int v = 0; v < kVectors; ++v) {
@@ -229,7 +230,7 @@ struct InputGradient {
       const int64_t row0 = row_tiles.first(first);
       for (int64_t i = 0; i < columns.count(); ++i) {
         const Panel panel = columns.at(i);
-        const int64_t width = panel.vectors * n;
+        const int64_t width = panel.vectors * n, step = slot_in_panel<Real>(0, panel.vectors, K).step;
         for (int64_t k = 0; k < K; k += kDepth) {
           const int64_t depth = K - k < kDepth ? K - k : kDepth;
           for (int64_t j = first; j < last; ++j) {
@@ -238,8 +239,8 @@ struct InputGradient {
             const bool over = all_padding(flags ? flags + row : nullptr, row_tiles.height(j));
             run_tile<Chains::kOne, ALayout::kRows, Real>(
                 row_tiles.height(j), panel.vectors, op,
-                Product<Real>{panels + panel.first * K * n + k * width, over ? 0 : depth, d.data + row * d.stride + k,
-                              d.stride});
+                Product<Real>{panels + panel.first * K * n + k * step, over ? 0 : depth, d.data + row * d.stride + k,
+                              d.stride, 0, K});
           }
         }
         const int64_t column = panel.first * n;

@@ -333,7 +333,6 @@ struct HiddenGradOp {
   int64_t dh_stride;
   template <int kRows, int kVectors>
   FASTSEQ_INLINE void finish(const Vec<Real> (&acc)[kRows][kVectors], int first = 0) const {
-    FASTSEQ_UNROLL
     for (int r = 0; r < kRows; ++r) FASTSEQ_UNROLL
     for (int v = 0; v < kVectors; ++v)
       store(dh + (first + r) * dh_stride + v * kLanes<Real>, source.at_step_of_tile(first + r, v, acc[r][v]));
@@ -350,7 +349,6 @@ struct InitialHiddenGradOp {
 
   template <int kRows, int kVectors>
   FASTSEQ_INLINE void finish(const Vec<Real> (&acc)[kRows][kVectors], int first = 0) const {
-    FASTSEQ_UNROLL
     for (int r = 0; r < kRows; ++r) FASTSEQ_UNROLL
     for (int v = 0; v < kVectors; ++v) {
       const int inside = lanes_inside<Real>(source.columns, v * kLanes<Real>);
@@ -368,7 +366,6 @@ struct ProjectedHiddenOp {
 
   template <int kRows, int kVectors>
   FASTSEQ_INLINE void finish(const Vec<Real> (&acc)[kRows][kVectors], int first = 0) const {
-    FASTSEQ_UNROLL
     for (int r = 0; r < kRows; ++r) FASTSEQ_UNROLL
     for (int v = 0; v < kVectors; ++v) {
       if constexpr (kFlags == kWithOptions)
@@ -388,7 +385,6 @@ struct ProjectionOp {
   int64_t vector_stride;  // from one vector of the panel to the next, in bias and in gates
   template <int kRows, int kVectors>
   FASTSEQ_INLINE void finish(const Vec<Real> (&acc)[kRows][kVectors]) const {
-    FASTSEQ_UNROLL
     for (int r = 0; r < kRows; ++r) FASTSEQ_UNROLL
     for (int v = 0; v < kVectors; ++v)
       store(gates + r * gates_stride + v * vector_stride, acc[r][v] + load(bias + v * vector_stride));

@@ -78,7 +78,6 @@ struct LstmCellOp {
   // The accumulators are those of the tile's rows from `first` on; so in the other Ops.
   FASTSEQ_INLINE void finish(const Vec<Real> (&acc)[kRows][kVectors], int first = 0) const {
     static_assert(kVectors == kGates, "an LSTM panel is four gates of one vector of units");
-    FASTSEQ_UNROLL
     for (int r = 0; r < kRows; ++r) {
       if constexpr (kFlags == kWithOptions)
         row_apart(first + r, acc[r][kInput], acc[r][kForget], acc[r][kCell], acc[r][kOutput]);
@@ -135,7 +134,6 @@ struct LstmGatesOp {
 
   template <int kRows, int kVectors>
   FASTSEQ_INLINE void finish(const Vec<Real> (&acc)[kRows][kVectors], int first = 0) const {
-    FASTSEQ_UNROLL
     for (int r = 0; r < kRows; ++r) row(first + r, acc[r][kInput], acc[r][kForget], acc[r][kCell], acc[r][kOutput]);
   }
 
@@ -181,10 +179,8 @@ struct LstmCellGradOp {
   template <int kRows, int kVectors>
   FASTSEQ_INLINE void finish(const Vec<Real> (&acc)[kRows][kVectors], int first = 0) const {
     if constexpr (kFlags == kWithOptions) return finish_with_options(acc, first);
-    FASTSEQ_UNROLL
     for (int v = 0; v < kVectors; ++v) {
       Vec<Real> sums[kGates] = {zero<Real>(), zero<Real>(), zero<Real>(), zero<Real>()};
-      FASTSEQ_UNROLL
       for (int of_acc = 0; of_acc < kRows; ++of_acc) {
         const int r = first + of_acc;
         const int64_t cell = r * c_stride + v * kLanes<Real>;
@@ -232,9 +228,8 @@ struct LstmCellGradOp {
  private:
   template <int kRows, int kVectors>
   FASTSEQ_INLINE void finish_with_options(const Vec<Real> (&acc)[kRows][kVectors], int first) const {
-    FASTSEQ_UNROLL
-    for (int v = 0; v < kVectors; ++v) FASTSEQ_UNROLL
-    for (int r = 0; r < kRows; ++r) row_with_options(first + r, v, acc[r][v]);
+    for (int v = 0; v < kVectors; ++v)
+      for (int r = 0; r < kRows; ++r) row_with_options(first + r, v, acc[r][v]);
   }
   __attribute__((noinline)) void row_with_options(int r, int v, Vec<Real> recurrent) const {
     const int64_t column = v * kLanes<Real>, cell = r * c_stride + column;

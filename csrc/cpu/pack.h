@@ -1,4 +1,4 @@
-// Weights and activations laid out as panels: [panel][k][vectors][lanes].
+// Weights laid out as panels (tile.h).
 #pragma once
 
 #include "storage.h"
@@ -37,19 +37,22 @@ void pack_transposed(Storage storage, const void* w, int64_t rows, int64_t K, co
     const Panel panel = range.at(i);
     for (int v = 0; v < panel.vectors; ++v) {
       const int64_t row = (panel.first + v) * n;
-      pack_rows_as_lanes<Real>(storage, w, row, lanes_inside<Real>(rows, row), K, to + panel.first * K * n + v * n,
-                               panel.vectors * n);
+      const Slot slot = slot_in_panel<Real>(v, panel.vectors, K);
+      pack_rows_as_lanes<Real>(storage, w, row, lanes_inside<Real>(rows, row), K, to + panel.first * K * n + slot.first,
+                               slot.step);
     }
   }
 }
 
-// The four gates of one vector of units side by side: panel `unit` is [k][4][lanes].
+// The four gates of one vector of units are the vectors of panel `unit`.
 template <typename Real>
 void pack_gates(Storage storage, const void* w, int64_t H, int64_t K, int64_t unit, Real* to) {
   constexpr int n = kLanes<Real>;
-  for (int gate = 0; gate < 4; ++gate)
+  for (int gate = 0; gate < 4; ++gate) {
+    const Slot slot = slot_in_panel<Real>(gate, 4, K);
     pack_rows_as_lanes<Real>(storage, w, gate * H + unit * n, lanes_inside<Real>(H, unit * n), K,
-                             to + unit * K * 4 * n + gate * n, 4 * n);
+                             to + unit * K * 4 * n + slot.first, slot.step);
+  }
 }
 
 // Panels for a product with w [gates * H, columns] itself, its rows spread out so that gate g begins at k = g * padded.
@@ -69,7 +72,8 @@ void pack_plain(Storage storage, const void* w, int64_t gates, int64_t H, int64_
           const int inside = unit < H ? lanes_inside<Real>(columns, column) : 0;
           const Vec<Real> value =
               inside ? load_as<Real>(storage, w, (gate * H + unit) * columns + column, inside) : zero<Real>();
-          store(base + ((gate * padded + unit) * panel.vectors + v) * n, value);
+          const Slot slot = slot_in_panel<Real>(v, panel.vectors, K);
+          store(base + slot.first + (gate * padded + unit) * slot.step, value);
         }
   }
 }

@@ -19,7 +19,7 @@ class RecurrentForward {
   explicit RecurrentForward(const ForwardParams& p)
       : p_(p),
         clock_{p.T, p.reverse},
-        batch_(p.B),
+        batch_(batch_tiles(p.B, Cell::kGates * p.H * p.P * static_cast<int64_t>(sizeof(Real)))),
         width_(tape_width(p.H)),
         gates_stride_(gates_width(p.H, Cell::kGates)),
         vectors_(width_ / kLanes<Real>),
@@ -225,7 +225,7 @@ class RecurrentBackward {
   explicit RecurrentBackward(const BackwardParams& p)
       : p_(p),
         clock_{p.T, p.reverse},
-        batch_(p.B),
+        batch_(batch_tiles(p.B, Cell::kGates * p.H * p.P * static_cast<int64_t>(sizeof(Real)))),
         width_(tape_width(p.H)),
         gates_stride_(gates_width(p.H, Cell::kGates)),
         dh_stride_(gates_width(p.P, 1)),
@@ -373,8 +373,9 @@ class RecurrentBackward {
   void pack_recurrent(const Team& team) const {
     if (!team.idle()) {
       const Range outs = team.slice(out_vectors_), units = team.slice(vectors_);
-      pack_plain<Real>(p_.storage, p_.w_hh, Cell::kGates, p_.H, width_, p_.P, {outs.begin, outs.end},
-                       team.share({0, width_}), r_);
+      if (p_.T > 1 || p_.dh0 || kFlags == kWithOptions)
+        pack_plain<Real>(p_.storage, p_.w_hh, Cell::kGates, p_.H, width_, p_.P, {outs.begin, outs.end},
+                         team.share({0, width_}), r_);
       if (p_.w_hr)
         pack_plain<Real>(p_.storage, p_.w_hr, 1, p_.P, p_.P, p_.H, {units.begin, units.end}, team.share({0, p_.P}),
                          w_hr_);

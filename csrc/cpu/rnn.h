@@ -21,14 +21,13 @@ struct ElmanCellOp {
 
   template <int kRows, int kVectors>
   FASTSEQ_INLINE void finish(const Vec<Real> (&acc)[kRows][kVectors], int first = 0) const {
-    FASTSEQ_UNROLL
-    for (int r = 0; r < kRows; ++r) FASTSEQ_UNROLL
-    for (int v = 0; v < kVectors; ++v) {
-      if constexpr (kFlags == kWithOptions)
-        vector_apart(first + r, v, acc[r][v]);
-      else
-        vector(first + r, v, acc[r][v]);
-    }
+    for (int r = 0; r < kRows; ++r)
+      for (int v = 0; v < kVectors; ++v) {
+        if constexpr (kFlags == kWithOptions)
+          vector_apart(first + r, v, acc[r][v]);
+        else
+          vector(first + r, v, acc[r][v]);
+      }
   }
 
  private:
@@ -54,9 +53,8 @@ struct ElmanSlopesOp {
 
   template <int kRows, int kVectors>
   FASTSEQ_INLINE void finish(const Vec<Real> (&acc)[kRows][kVectors], int first = 0) const {
-    FASTSEQ_UNROLL
-    for (int r = 0; r < kRows; ++r) FASTSEQ_UNROLL
-    for (int v = 0; v < kVectors; ++v) vector(first + r, v, acc[r][v]);
+    for (int r = 0; r < kRows; ++r)
+      for (int v = 0; v < kVectors; ++v) vector(first + r, v, acc[r][v]);
   }
 
  private:
@@ -78,10 +76,8 @@ struct ElmanGradOp {
 
   template <int kRows, int kVectors>
   FASTSEQ_INLINE void finish(const Vec<Real> (&acc)[kRows][kVectors], int first = 0) const {
-    FASTSEQ_UNROLL
     for (int v = 0; v < kVectors; ++v) {
       Vec<Real> sum = zero<Real>();
-      FASTSEQ_UNROLL
       for (int r = 0; r < kRows; ++r) {
         // On padding the source gives zero, and with it this step's gradient is zero.
         const int64_t at = (first + r) * stride + v * kLanes<Real>;

@@ -30,7 +30,7 @@ constexpr int kVectorBytes = 32;
 constexpr int kVectorBytes = 16;
 #endif
 
-// Rows of the register tile: 4 vectors by this many rows of accumulators leave room for the operands in 32
+// Rows of the register tile: kTileVectors vectors by this many rows of accumulators leave room for the operands in 32
 // registers (AVX-512, NEON) or 16 (AVX2, SSE2).
 #if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int kTileRows = 6;
@@ -38,6 +38,13 @@ constexpr int kTileRows = 6;
 constexpr int kTileRows = 3;
 #endif
 constexpr int kTileVectors = 4;
+// A tall tile has more rows and works through a panel kPartVectors vectors at a time: it reads weights that no cache
+// near the core holds half as often.
+#if defined(__AVX512F__)
+constexpr int kTallRows = 12, kPartVectors = 2;
+#else
+constexpr int kTallRows = kTileRows, kPartVectors = kTileVectors;
+#endif
 
 template <typename Real>
 struct Simd {

@@ -14,6 +14,21 @@ namespace {
 
 enum class ALayout { kRows, kColumns };  // A(r, k) at a[r * lda + k], or at a[k * lda + r]
 
+// A panel of more than kPart vectors lies in parts of that many, one behind the other, each [k][vectors][lanes], so
+// that a tile that takes one part at a time reads it as it lies. Tiles of kColumns are never tall and need no parts.
+template <ALayout kLayout>
+constexpr int kPart = kLayout == ALayout::kColumns ? kTileVectors : kPartVectors;
+
+// Where a vector of a panel of kRows lies.
+struct Slot {
+  int64_t first, step;  // its numbers for k = 0; from one k to the next
+};
+template <typename Real>
+FASTSEQ_INLINE Slot slot_in_panel(int64_t vector, int64_t vectors, int64_t K) {
+  const int64_t part = vectors < kPartVectors ? vectors : kPartVectors;
+  return {(vector / part * part * K + vector % part) * kLanes<Real>, part * kLanes<Real>};
+}
+
 // One chain of so many fused multiply-adds, then a new one, and the sums are added: a single chain over a long K has a
 // multiple of the rounding error of a blocked sum, and of a library's dot product, which sums in as many chains as a
 // vector has lanes. Weight gradients (kColumns) sum thousands of numbers of like sign, for which the best block is
@@ -44,10 +59,47 @@ FASTSEQ_INLINE void set_zero(Vec<Real> (&acc)[kRows][kVectors]) {
   for (int v = 0; v < kVectors; ++v) acc[r][v] = zero<Real>();
 }
 
+// Vectors from one k to the next in a panel, or a part of one, of so many vectors.
+template <int kVectors, ALayout kLayout>
+constexpr int kStep = kVectors < kPart<kLayout> ? kVectors : kPart<kLayout>;
+
+// One k; `part`: numbers from one part of the panel to the next. What there is less of, numbers of A or vectors of the
+// panel, is held in registers and the other streamed: 3 by 4 accumulators with 4 vectors held would take 17 of AVX2's
+// 16 registers, and a spill in this loop costs a third.
+template <int kRows, int kVectors, ALayout kLayout, typename Real>
+FASTSEQ_INLINE void multiply_step(Vec<Real> (&acc)[kRows][kVectors], const Real* panel, int64_t part, const Real* a,
+                                  int64_t lda) {
+  const auto vector = [&](int v) {
+    return load(panel + v / kPart<kLayout> * part + v % kPart<kLayout> * kLanes<Real>);
+  };
+  const int64_t stride = kLayout == ALayout::kRows ? lda : 1;
+  if constexpr (kRows < kVectors) {
+    Vec<Real> b[kRows];
+    FASTSEQ_UNROLL
+    for (int r = 0; r < kRows; ++r) b[r] = broadcast(a[r * stride]);
+    FASTSEQ_UNROLL
+    for (int v = 0; v < kVectors; ++v) {
+      const Vec<Real> w = vector(v);
+      FASTSEQ_UNROLL
+      for (int r = 0; r < kRows; ++r) acc[r][v] = fma(b[r], w, acc[r][v]);
+    }
+  } else {
+    Vec<Real> w[kVectors];
+    FASTSEQ_UNROLL
+    for (int v = 0; v < kVectors; ++v) w[v] = vector(v);
+    FASTSEQ_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      const Vec<Real> b = broadcast(a[r * stride]);
+      FASTSEQ_UNROLL
+      for (int v = 0; v < kVectors; ++v) acc[r][v] = fma(b, w[v], acc[r][v]);
+    }
+  }
+}
+
 template <int kRows, int kVectors, int kChains, ALayout kLayout, typename Real>
-FASTSEQ_INLINE void multiply_chain(Vec<Real> (&acc)[kRows][kVectors], const Real* panel, int64_t K, const Real* a,
-                                   int64_t lda) {
-  constexpr int kWidth = kVectors * kLanes<Real>;
+FASTSEQ_INLINE void multiply_chain(Vec<Real> (&acc)[kRows][kVectors], const Real* panel, int64_t part, int64_t K,
+                                   const Real* a, int64_t lda) {
+  constexpr int kWidth = kStep<kVectors, kLayout> * kLanes<Real>;
   Vec<Real> side[kChains][kRows][kVectors];
   FASTSEQ_UNROLL
   for (int s = 0; s < kChains; ++s) FASTSEQ_UNROLL
@@ -60,27 +112,13 @@ FASTSEQ_INLINE void multiply_chain(Vec<Real> (&acc)[kRows][kVectors], const Real
   for (; k < whole; k += kChains) {
     FASTSEQ_UNROLL
     for (int s = 0; s < kChains; ++s) {
-      Vec<Real> w[kVectors];
-      FASTSEQ_UNROLL
-      for (int v = 0; v < kVectors; ++v) w[v] = load(panel + (k + s) * kWidth + v * kLanes<Real>);
-      FASTSEQ_UNROLL
-      for (int r = 0; r < kRows; ++r) {
-        const Real* element = kLayout == ALayout::kRows ? a + r * lda + k + s : a + (k + s) * lda + r;
-        const Vec<Real> b = broadcast(*element);
-        FASTSEQ_UNROLL
-        for (int v = 0; v < kVectors; ++v) side[s][r][v] = fma(b, w[v], side[s][r][v]);
-      }
+      multiply_step<kRows, kVectors, kLayout, Real>(side[s], panel + (k + s) * kWidth, part,
+                                                    kLayout == ALayout::kRows ? a + k + s : a + (k + s) * lda, lda);
     }
   }
-  for (; k < K; ++k) {
-    FASTSEQ_UNROLL
-    for (int r = 0; r < kRows; ++r) {
-      const Vec<Real> b = broadcast(kLayout == ALayout::kRows ? a[r * lda + k] : a[k * lda + r]);
-      FASTSEQ_UNROLL
-      for (int v = 0; v < kVectors; ++v)
-        side[0][r][v] = fma(b, load(panel + k * kWidth + v * kLanes<Real>), side[0][r][v]);
-    }
-  }
+  for (; k < K; ++k)
+    multiply_step<kRows, kVectors, kLayout, Real>(side[0], panel + k * kWidth, part,
+                                                  kLayout == ALayout::kRows ? a + k : a + k * lda, lda);
   FASTSEQ_UNROLL
   for (int r = 0; r < kRows; ++r) FASTSEQ_UNROLL
   for (int v = 0; v < kVectors; ++v) {
@@ -91,15 +129,16 @@ FASTSEQ_INLINE void multiply_chain(Vec<Real> (&acc)[kRows][kVectors], const Real
 }
 
 template <int kRows, int kVectors, int kChains, ALayout kLayout, typename Real>
-FASTSEQ_INLINE void multiply(Vec<Real> (&acc)[kRows][kVectors], const Real* panel, int64_t K, const Real* a,
-                             int64_t lda, int64_t chain) {
+FASTSEQ_INLINE void multiply(Vec<Real> (&acc)[kRows][kVectors], const Real* panel, int64_t part, int64_t K,
+                             const Real* a, int64_t lda, int64_t chain) {
   Vec<Real> total[kRows][kVectors];
   set_zero<Real>(total);
   const int64_t blocks = K / chain + (K % chain != 0);
   const int64_t block = (K / blocks + (K % blocks != 0) + kChains - 1) / kChains * kChains;
   for (int64_t k = 0;;) {
     const int64_t length = K - k < block ? K - k : block;
-    multiply_chain<kRows, kVectors, kChains, kLayout, Real>(acc, panel + k * kVectors * kLanes<Real>, length,
+    multiply_chain<kRows, kVectors, kChains, kLayout, Real>(acc, panel + k * kStep<kVectors, kLayout> * kLanes<Real>,
+                                                            part, length,
                                                             kLayout == ALayout::kRows ? a + k : a + k * lda, lda);
     k += length;
     if (k >= K) break;
@@ -123,17 +162,27 @@ struct Product {  // K == 0: no product, the Op alone
   int64_t K;
   const Real* a;
   int64_t lda;
-  int64_t chain = 0;  // the longest chain of multiply-adds; 0: kChain
+  int64_t chain = 0;   // the longest chain of multiply-adds; 0: kChain
+  int64_t packed = 0;  // rows of the packed panel, where the product takes K of more
 };
 
 template <int kRows, int kVectors, int kChains, ALayout kLayout, typename Real, typename Op>
 __attribute__((noinline)) void tile(const Op& op, const Product<Real>& product) {
-  Vec<Real> acc[kRows][kVectors];
-  set_zero<Real>(acc);
-  if (product.K > 0)
-    multiply<kRows, kVectors, kChains, kLayout, Real>(acc, product.panel, product.K, product.a, product.lda,
-                                                      product.chain ? product.chain : kChain<kLayout>);
-  op.finish(acc);
+  constexpr int kHeld = kRows > kTileRows && kVectors > kPartVectors ? kPartVectors : kVectors;
+  const int64_t part = kPart<kLayout> * (product.packed ? product.packed : product.K) * kLanes<Real>;
+  Vec<Real> sums[kRows][kVectors];  // apart from acc: what an Op loops over lies in memory
+  for (int first = 0; first < kVectors; first += kHeld) {
+    Vec<Real> acc[kRows][kHeld];
+    set_zero<Real>(acc);
+    if (product.K > 0)
+      multiply<kRows, kHeld, kChains, kLayout, Real>(acc, product.panel + first / kHeld * part, part, product.K,
+                                                     product.a, product.lda,
+                                                     product.chain ? product.chain : kChain<kLayout>);
+    FASTSEQ_UNROLL
+    for (int r = 0; r < kRows; ++r) FASTSEQ_UNROLL
+    for (int v = 0; v < kHeld; ++v) sums[r][first + v] = acc[r][v];
+  }
+  op.finish(sums);
 }
 
 enum class Chains { kOne, kSide };
@@ -153,12 +202,25 @@ FASTSEQ_INLINE void run_tile_rows(int rows, const Op& op, const Product<Real>& p
     FASTSEQ_TILE(6);
 #endif
     default:
-      __builtin_unreachable();
+      break;
   }
+#if defined(__AVX512F__)
+  if constexpr (kLayout == ALayout::kRows) switch (rows) {
+      FASTSEQ_TILE(7);
+      FASTSEQ_TILE(8);
+      FASTSEQ_TILE(9);
+      FASTSEQ_TILE(10);
+      FASTSEQ_TILE(11);
+      FASTSEQ_TILE(12);
+      default:
+        break;
+    }
+#endif
+  __builtin_unreachable();
 #undef FASTSEQ_TILE
 }
 
-// A tile of `rows` (1 to kTileRows) by `vectors` (1, 2 or 4).
+// A tile of `rows` (1 to kTileRows; for kRows to kTallRows) by `vectors` (1, 2 or 4).
 template <Chains kChains, ALayout kLayout, typename Real, typename Op>
 FASTSEQ_INLINE void run_tile(int rows, int vectors, const Op& op, const Product<Real>& product) {
   switch (vectors) {
@@ -178,9 +240,9 @@ FASTSEQ_INLINE int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) *
 
 // A range of rows cut into the fewest tiles of nearly equal height.
 struct RowTiles {
-  int64_t rows;
-  explicit RowTiles(int64_t n) : rows(n) {}
-  int64_t count() const { return divide_up(rows, kTileRows); }
+  int64_t rows, most;
+  explicit RowTiles(int64_t n, int64_t most_ = kTileRows) : rows(n), most(most_) {}
+  int64_t count() const { return divide_up(rows, most); }
   int64_t first(int64_t tile) const { return rows * tile / count(); }
   int height(int64_t tile) const { return static_cast<int>(first(tile + 1) - first(tile)); }
 };
