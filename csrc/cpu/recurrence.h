@@ -76,6 +76,22 @@ class RecurrentForward {
   }
 
   void work(int thread, int threads) {
+    sequence(thread, threads,
+             [&](const Team& team, const PanelRange& panels, int64_t step, int64_t begin, int64_t& phase) {
+               team.sweep(phase++, panels, [&](const Panel& panel, int64_t tile) { cell(step, begin, panel, tile); });
+             });
+  }
+
+  void finish() const {
+    hidden_.finish(p_.h_n);
+    if (Cell::kHasC) store_rows<Real>(p_.storage, c_at(p_.T - 1), width_, p_.c_n, p_.H, p_.B, p_.H);
+  }
+
+ protected:
+  // A thread's part of it all. through(team, panels, step, begin, phase) takes the step from h_{t-1} and the projected
+  // input to h_t, in as many phases as it likes.
+  template <typename Through>
+  void sequence(int thread, int threads, const Through& through) {
     const Team team(thread, threads, batch_.count(), vectors_ < out_vectors_ ? vectors_ : out_vectors_,
                     Cell::kGates * p_.H * p_.P * static_cast<int64_t>(sizeof(Real)), progress_, progress_stride_);
     const Range units = team.slice(vectors_), outs = team.slice(out_vectors_);
@@ -115,7 +131,7 @@ class RecurrentForward {
         });
       }
       for (int64_t step = first; step < last; ++step) {
-        team.sweep(phase++, panels, [&](const Panel& panel, int64_t tile) { cell(step, begin, panel, tile); });
+        through(team, panels, step, begin, phase);
         if (p_.w_hr)
           team.sweep(phase++, {outs.begin, outs.end},
                      [&](const Panel& panel, int64_t tile) { project(step, panel, tile); });
@@ -123,12 +139,6 @@ class RecurrentForward {
     }
   }
 
-  void finish() const {
-    hidden_.finish(p_.h_n);
-    if (Cell::kHasC) store_rows<Real>(p_.storage, c_at(p_.T - 1), width_, p_.c_n, p_.H, p_.B, p_.H);
-  }
-
- private:
   // The gates of time t; without a tape the chunk that begins at time `begin` is all there is.
   Real* gates(int64_t t, int64_t begin) const {
     if (p_.gates) return static_cast<Real*>(p_.gates) + t * p_.B * gates_stride_;
@@ -138,12 +148,15 @@ class RecurrentForward {
     return p_.c && step >= 0 ? static_cast<Real*>(p_.c) + clock_.time(step) * p_.B * width_ : c_;
   }
 
+  Product<Real> recurrent(int64_t step, const Panel& panel, int64_t tile) const {
+    const int64_t row = batch_.first(tile), column = panel.first * kLanes<Real>, stride = hidden_.read_stride(step);
+    const bool over = kFlags && all_padding(flags_ + clock_.time(step) * p_.B + row, batch_.height(tile));
+    return {r_ + column * p_.P * Cell::kGates, over ? 0 : p_.P, hidden_.read(step) + row * stride, stride,
+            chain_for<Real>(p_.H)};
+  }
   void cell(int64_t step, int64_t begin, const Panel& panel, int64_t tile) const {
     const int64_t t = clock_.time(step), row = batch_.first(tile), column = panel.first * kLanes<Real>;
-    const int64_t stride = hidden_.read_stride(step);
-    Product<Real> product{r_ + column * p_.P * Cell::kGates, p_.P, hidden_.read(step) + row * stride, stride,
-                          chain_for<Real>(p_.H)};
-    if (kFlags && all_padding(flags_ + t * p_.B + row, batch_.height(tile))) product.K = 0;
+    const Product<Real> product = recurrent(step, panel, tile);
     Real* preactivation = gates(t, begin) + row * gates_stride_ + column;
     if constexpr (Cell::kHasC) {
       LstmCellOp<Real, kFlags> op{preactivation,
@@ -307,6 +320,37 @@ class RecurrentBackward {
   }
 
   void work(int thread, int threads) {
+    chunks(
+        thread, threads,
+        [&](const Chunk& chunk) {
+          if constexpr (kFlags == kWithOptions) again_.run(chunk, dgates_, gates_stride_, thread, threads);
+        },
+        [&](const Team& team, const PanelRange& units, int64_t step, const Chunk& chunk, int64_t& phase) {
+          team.sweep(phase++, units, [&](const Panel& panel, int64_t tile) { cell(step, chunk, panel, tile); });
+        },
+        [&](const Chunk& chunk) { large_products(chunk, dgates_, thread, threads); });
+  }
+
+  void finish() const {
+    if (Cell::kHasC && p_.dc0) store_rows<Real>(p_.storage, dc_, width_, p_.dc0, p_.H, p_.B, p_.H);
+    if (db_) store_bias_gradient<Real>(p_.storage, db_, batch_.count(), Cell::kGates, p_.H, width_, p_.db);
+    if (kFlags == kWithOptions) {
+      const LayerOptions& options = *p_.options;
+      const int64_t width = hidden_.width(p_.P);
+      if (hidden_.dmask) store_rows<Real>(p_.storage, hidden_.dmask, width, options.dh_mask, p_.P, p_.B, p_.P);
+      if (hidden_.dreset) store_rows<Real>(p_.storage, hidden_.dreset, width, options.dh_reset, p_.P, p_.B, p_.P);
+      if (dc_reset_) store_rows<Real>(p_.storage, dc_reset_, width_, options.dc_reset, p_.H, p_.B, p_.H);
+      if (dpeephole_)
+        store_bias_gradient<Real>(p_.storage, dpeephole_, batch_.count(), 3, p_.H, width_, options.dpeephole);
+    }
+  }
+
+ protected:
+  // A thread's part of it all, chunk by chunk from the end. again(chunk) makes its share of the gates where the forward
+  // kept none; through(team, panels of units, step, chunk, phase) goes from dL/dh_t to the gates' gradients;
+  // products(chunk) makes its share of what follows from those.
+  template <typename Again, typename Through, typename Products>
+  void chunks(int thread, int threads, const Again& again, const Through& through, const Products& products) {
     const Team team(thread, threads, batch_.count(), vectors_ < out_vectors_ ? vectors_ : out_vectors_,
                     Cell::kGates * p_.H * p_.P * static_cast<int64_t>(sizeof(Real)), progress_, progress_stride_);
     if (!team.idle()) {
@@ -330,12 +374,12 @@ class RecurrentBackward {
       const Chunk chunk{first, last, p_.reverse ? clock_.time(last - 1) : first};
       if constexpr (kFlags == kWithOptions)
         if (recomputes()) {
-          again_.run(chunk, dgates_, gates_stride_, thread, threads);
+          again(chunk);
           barrier_.wait(threads);
         }
-      if (!team.idle()) through_time(team, chunk, phase);
+      if (!team.idle()) through_time(team, chunk, phase, through);
       barrier_.wait(threads);
-      large_products(chunk, thread, threads);
+      products(chunk);
       if (kFlags == kWithOptions && first > 0) {
         const Range rows = split(p_.B, threads, thread);
         memcpy(edge_ + rows.begin * gates_stride_, dgates_at(first, chunk) + rows.begin * gates_stride_,
@@ -345,21 +389,6 @@ class RecurrentBackward {
     }
   }
 
-  void finish() const {
-    if (Cell::kHasC && p_.dc0) store_rows<Real>(p_.storage, dc_, width_, p_.dc0, p_.H, p_.B, p_.H);
-    if (db_) store_bias_gradient<Real>(p_.storage, db_, batch_.count(), Cell::kGates, p_.H, width_, p_.db);
-    if (kFlags == kWithOptions) {
-      const LayerOptions& options = *p_.options;
-      const int64_t width = hidden_.width(p_.P);
-      if (hidden_.dmask) store_rows<Real>(p_.storage, hidden_.dmask, width, options.dh_mask, p_.P, p_.B, p_.P);
-      if (hidden_.dreset) store_rows<Real>(p_.storage, hidden_.dreset, width, options.dh_reset, p_.P, p_.B, p_.P);
-      if (dc_reset_) store_rows<Real>(p_.storage, dc_reset_, width_, options.dc_reset, p_.H, p_.B, p_.H);
-      if (dpeephole_)
-        store_bias_gradient<Real>(p_.storage, dpeephole_, batch_.count(), 3, p_.H, width_, options.dpeephole);
-    }
-  }
-
- private:
   bool weights() const { return p_.dw_hh != nullptr; }
   PreviousHidden<kFlags> previous_hidden(int64_t begin) const {
     return {p_.storage, clock_, p_.B, p_.P, flags_, p_.y, p_.h0, p_.options, begin};
@@ -381,49 +410,55 @@ class RecurrentBackward {
 
   bool recomputes() const { return kFlags == kWithOptions && p_.options->recompute; }
 
-  // The gradients of the input and the weights from a chunk, added to those of the chunks before.
-  void large_products(const Chunk& chunk, int thread, int threads) {
-    const int64_t rows = (chunk.last - chunk.first) * p_.B;
-    const bool continued = chunk.last < p_.T, complete = chunk.first == 0;
-    const GateGradients<Real> d{dgates_, gates_stride_, Cell::kGates, p_.H, width_, rows};
-    if (p_.dx)
-      InputGradient<Real>{d,
-                          p_.storage,
-                          p_.I,
-                          w_,
-                          at(p_.dx, p_.storage, chunk.begin * p_.B * p_.I),
-                          kFlags && p_.flags ? p_.flags + chunk.begin * p_.B : nullptr}
-          .run(block_ + thread * InputGradient<Real>::block_numbers(), thread, threads);
-    if (!weights()) return;
-    const WeightGradient<Real> gradient{d, p_.B, p_.storage, continued, complete, valid_, valid_rows_};
-    Real* packed = packed_ + thread * WeightGradient<Real>::packed_numbers();
+  GateGradients<Real> gate_gradients(const Real* dgates, const Chunk& chunk) const {
+    return {dgates, gates_stride_, Cell::kGates, p_.H, width_, (chunk.last - chunk.first) * p_.B};
+  }
+  WeightGradient<Real> weight_gradient(const GateGradients<Real>& d, const Chunk& chunk) const {
+    return {d, p_.B, p_.storage, chunk.last < p_.T, chunk.first == 0, valid_, valid_rows_};
+  }
+  Real* packed(int thread) const { return packed_ + thread * WeightGradient<Real>::packed_numbers(); }
+  auto x_source(const Chunk& chunk) const {
     const InputRows x{p_.storage, at(p_.x, p_.storage, chunk.begin * p_.x_stride_t), p_.x_stride_t, p_.x_stride_b};
-    gradient.run(panels_, packed, thread, threads, barrier_, row_source(p_.storage, p_.I, x, p_.dw_ih, sums_ih_),
-                 row_source(p_.storage, p_.P, previous_hidden(chunk.begin), p_.dw_hh, sums_hh_, hidden_.mask,
-                            hidden_.width(p_.P)));
-    if (p_.w_hr) {
-      constexpr Storage kPlain = sizeof(Real) == 8 ? Storage::kFloat64 : Storage::kFloat32;
-      const WeightGradient<Real> projection{{dh_, dh_stride_, 1, p_.P, tape_width(p_.P), rows},
-                                            p_.B,
-                                            p_.storage,
-                                            continued,
-                                            complete,
-                                            valid_,
-                                            valid_rows_};
-      projection.run(
-          panels_, packed, thread, threads, barrier_,
-          row_source(kPlain, p_.H, InputRows{kPlain, unprojected_, p_.B * width_, width_}, p_.dw_hr, sums_hr_));
-    }
+    return row_source(p_.storage, p_.I, x, p_.dw_ih, sums_ih_);
+  }
+  auto h_source(const Chunk& chunk) const {
+    return row_source(p_.storage, p_.P, previous_hidden(chunk.begin), p_.dw_hh, sums_hh_, hidden_.mask,
+                      hidden_.width(p_.P));
+  }
+  void input_gradient(const GateGradients<Real>& d, const Chunk& chunk, int thread, int threads) const {
+    InputGradient<Real>{d,
+                        p_.storage,
+                        p_.I,
+                        w_,
+                        at(p_.dx, p_.storage, chunk.begin * p_.B * p_.I),
+                        kFlags && p_.flags ? p_.flags + chunk.begin * p_.B : nullptr}
+        .run(block_ + thread * InputGradient<Real>::block_numbers(), thread, threads);
+  }
+  void projection_gradient(const Chunk& chunk, int thread, int threads) {
+    constexpr Storage kPlain = sizeof(Real) == 8 ? Storage::kFloat64 : Storage::kFloat32;
+    const GateGradients<Real> dh{dh_, dh_stride_, 1, p_.P, tape_width(p_.P), (chunk.last - chunk.first) * p_.B};
+    weight_gradient(dh, chunk).run(
+        panels_, packed(thread), thread, threads, barrier_,
+        row_source(kPlain, p_.H, InputRows{kPlain, unprojected_, p_.B * width_, width_}, p_.dw_hr, sums_hr_));
   }
 
-  void through_time(const Team& team, const Chunk& chunk, int64_t& phase) const {
+  // The gradients of the input and the weights from a chunk, added to those of the chunks before.
+  void large_products(const Chunk& chunk, const Real* dgates, int thread, int threads) {
+    const GateGradients<Real> d = gate_gradients(dgates, chunk);
+    if (p_.dx) input_gradient(d, chunk, thread, threads);
+    if (!weights()) return;
+    weight_gradient(d, chunk).run(panels_, packed(thread), thread, threads, barrier_, x_source(chunk), h_source(chunk));
+    if (p_.w_hr) projection_gradient(chunk, thread, threads);
+  }
+
+  template <typename Through>
+  void through_time(const Team& team, const Chunk& chunk, int64_t& phase, const Through& through) const {
     const Range outs = team.slice(out_vectors_), units = team.slice(vectors_);
     for (int64_t step = chunk.last - 1; step >= chunk.first; --step) {
       if (p_.w_hr)
         team.sweep(phase++, {outs.begin, outs.end},
                    [&](const Panel& panel, int64_t tile) { hidden(step, chunk, panel, tile); });
-      team.sweep(phase++, {units.begin, units.end},
-                 [&](const Panel& panel, int64_t tile) { cell(step, chunk, panel, tile); });
+      through(team, PanelRange{units.begin, units.end}, step, chunk, phase);
     }
     if (chunk.first > 0) return;
     const bool of_options = kFlags == kWithOptions && (p_.options->dh_mask || p_.options->dh_reset);
@@ -479,7 +514,10 @@ class RecurrentBackward {
                                       projected ? unprojected_ + rows * width_ + cell : nullptr,
                                       flags,
                                       {}};
-      if constexpr (kFlags == kWithOptions) op.extra = cell_grad_options(t, tile, column);
+      if constexpr (kFlags == kWithOptions) {
+        op.extra = cell_grad_options(t, row, column);
+        op.extra.dpeephole = dpeephole_ ? dpeephole_ + tile * 3 * width_ + column : nullptr;
+      }
       run_tile<Chains::kSide, ALayout::kRows, Real>(
           batch_.height(tile), panel.vectors, op,
           projected ? Product<Real>{w_hr_ + column * p_.P, p_.P, dh_ + (rows + row) * dh_stride_, dh_stride_}
@@ -499,16 +537,16 @@ class RecurrentBackward {
                                                   recurrent(-1, chunk, panel, tile));
   }
 
-  CellGradOptions<Real> cell_grad_options(int64_t t, int64_t tile, int64_t column) const {
+  CellGradOptions<Real> cell_grad_options(int64_t t, int64_t row, int64_t column) const {
     const LayerOptions& options = *p_.options;
-    const int64_t row = batch_.first(tile), first = t * p_.B + row;
+    const int64_t first = t * p_.B + row;
     CellGradOptions<Real> extra;
     static_cast<CellOptions<Real>&>(extra) =
         cell_options<Real>(options, p_.storage, peephole_, width_, t, p_.B, p_.H, row, column);
     extra.grad_c = options.grad_c ? static_cast<const Real*>(options.grad_c) + first * width_ + column : nullptr;
     extra.grad_gates =
         options.grad_gates ? static_cast<const Real*>(options.grad_gates) + first * gates_stride_ + column : nullptr;
-    extra.dpeephole = dpeephole_ ? dpeephole_ + tile * 3 * width_ + column : nullptr;
+    extra.dpeephole = nullptr;
     extra.dreset = dc_reset_ ? dc_reset_ + row * width_ + column : nullptr;
     extra.dreset_step = options.dc_reset && options.c_reset_per_step
                             ? at(options.dc_reset, p_.storage, first * p_.H + column)
