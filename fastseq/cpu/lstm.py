@@ -231,7 +231,8 @@ def _options(x: Tensor, h0: Tensor, c0: Tensor, tensors: Any, rates: Any, cell_c
             ("zoneout_h", zoneout_h, (steps, batch, outputs), torch.bool),
             ("zoneout_c", zoneout_c, (steps, batch, hidden), torch.bool),
             ("peephole", peephole, (3, hidden), x.dtype),
-            *((name, value, (hidden if name.endswith("_c") else 4 * hidden,), x.dtype) for name, value in norms.items()),
+            *((name, norms[name], (4 * hidden,), x.dtype) for name in _NORMS[:4]),
+            *((name, norms[name], (hidden,), x.dtype) for name in _NORMS[4:]),
         )
     )
     return {

@@ -198,8 +198,8 @@ def layer(
     hidden = c0.shape[1]
     extra = _checked(options or Options(), dtype, x, h0.shape[1], hidden)
     if options is not None and options.weight_ln_c is not None and not return_states:
-        # Its backward needs the sums before normalisation, up to twice as many numbers as the gates: it makes them again,
-        # and the gates with them.
+        # A backward through layer normalisation needs the sums before it, up to twice as many numbers as the gates: it
+        # makes them again, and the gates with them.
         recompute = True
     given = x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, flags, *extra[:-4], reverse, *extra[-4:], recompute, return_states
     y, h_n, c_n, c, gates = _options_fwd(*given)
