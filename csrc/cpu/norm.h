@@ -17,14 +17,25 @@ namespace {
 
 constexpr double kNormEps = 1e-5;
 
-template <typename Real>
-FASTSEQ_INLINE Real sum_of_lanes(Vec<Real> v) {
-  Real lanes[kLanes<Real>];
-  store(lanes, v);
+template <int kBy, typename Real, int... kIndex>
+FASTSEQ_INLINE Vec<Real> rotated(Vec<Real> v, Indices<kIndex...>) {
+  return __builtin_shufflevector(v, v, ((kIndex + kBy) % kLanes<Real>)...);
+}
+// The sum of all lanes, in every lane.
+template <typename Real, int kHalf = kLanes<Real> / 2>
+FASTSEQ_INLINE Vec<Real> sum_of_lanes(Vec<Real> v) {
+  v = v + rotated<kHalf, Real>(v, typename MakeIndices<kLanes<Real>>::type{});
+  if constexpr (kHalf > 1)
+    return sum_of_lanes<Real, kHalf / 2>(v);
+  else
+    return v;
+}
+template <int kSegments, typename Real>
+FASTSEQ_INLINE Vec<Real> sum_of_all(const Vec<Real> (&v)[kSegments]) {
+  Vec<Real> sum = v[0];
   FASTSEQ_UNROLL
-  for (int half = kLanes<Real> / 2; half > 0; half /= 2) FASTSEQ_UNROLL
-  for (int lane = 0; lane < half; ++lane) lanes[lane] = lanes[lane] + lanes[lane + half];
-  return lanes[0];
+  for (int s = 1; s < kSegments; ++s) sum = sum + v[s];
+  return sum_of_lanes<Real>(sum);
 }
 // The vector at `column` of H columns, with zeros beyond them.
 template <typename Real>
@@ -40,8 +51,8 @@ FASTSEQ_INLINE double square_root(double x) { return __builtin_sqrt(x); }
 
 template <typename Real>
 struct Moments {
-  Real mean, scale;  // scale: 1 / sigma
-  FASTSEQ_INLINE Vec<Real> normalised(Vec<Real> v) const { return (v - broadcast(mean)) * broadcast(scale); }
+  Vec<Real> mean, scale;  // the same in every lane; scale: 1 / sigma
+  FASTSEQ_INLINE Vec<Real> normalised(Vec<Real> v) const { return (v - mean) * scale; }
 };
 // Of kSegments * H numbers, by the mean first and then the squares around it: from sums of squares alone the variance
 // would lose its digits where it is small beside the mean.
@@ -50,19 +61,14 @@ Moments<Real> moments(const Real* row, int64_t width, int64_t H) {
   Vec<Real> sums[kSegments] = {}, squares[kSegments] = {};
   for (int64_t n = 0; n < H; n += kLanes<Real>) FASTSEQ_UNROLL
   for (int s = 0; s < kSegments; ++s) sums[s] = sums[s] + within<Real>(H, n, load(row + s * width + n));
-  const Real count = static_cast<Real>(kSegments * H);
-  Real sum = 0, square = 0;
-  FASTSEQ_UNROLL
-  for (int s = 0; s < kSegments; ++s) sum += sum_of_lanes<Real>(sums[s]);
-  const Vec<Real> mean = broadcast(sum / count);
+  const Vec<Real> count = broadcast(static_cast<Real>(kSegments * H)), mean = sum_of_all<kSegments, Real>(sums) / count;
   for (int64_t n = 0; n < H; n += kLanes<Real>) FASTSEQ_UNROLL
   for (int s = 0; s < kSegments; ++s) {
     const Vec<Real> from_mean = within<Real>(H, n, load(row + s * width + n) - mean);
     squares[s] = fma(from_mean, from_mean, squares[s]);
   }
-  FASTSEQ_UNROLL
-  for (int s = 0; s < kSegments; ++s) square += sum_of_lanes<Real>(squares[s]);
-  return {sum / count, 1 / square_root(square / count + static_cast<Real>(kNormEps))};
+  const Vec<Real> variance = sum_of_all<kSegments, Real>(squares) / count;
+  return {mean, broadcast(1 / square_root(variance[0] + static_cast<Real>(kNormEps)))};
 }
 
 // The two means that the derivative of a normalisation needs, and the derivative.
@@ -74,11 +80,11 @@ struct MeanGradients {
     weighted = fma(d, normalised, weighted);
   }
   FASTSEQ_INLINE void divide(int64_t count) {
-    plain = broadcast(sum_of_lanes<Real>(plain) / static_cast<Real>(count));
-    weighted = broadcast(sum_of_lanes<Real>(weighted) / static_cast<Real>(count));
+    const Vec<Real> by = broadcast(static_cast<Real>(count));
+    plain = sum_of_lanes<Real>(plain) / by, weighted = sum_of_lanes<Real>(weighted) / by;
   }
-  FASTSEQ_INLINE Vec<Real> gradient(Vec<Real> d, Vec<Real> normalised, Real scale) const {
-    return (d - plain - normalised * weighted) * broadcast(scale);
+  FASTSEQ_INLINE Vec<Real> gradient(Vec<Real> d, Vec<Real> normalised, Vec<Real> scale) const {
+    return (d - plain - normalised * weighted) * scale;
   }
 };
 
@@ -149,8 +155,8 @@ struct NormWeights {
       store(gates + kCell * width + n, tanh<Real>(z[kCell]));
       store(gates + kOutput * width + n, logistic<Real>(z[kOutput]));
     }
-    if (kKeep) h[kGates * width] = of_h.scale;
-    if (kKeep && haste) x[kGates * width] = of_x.scale;
+    if (kKeep) h[kGates * width] = of_h.scale[0];
+    if (kKeep && haste) x[kGates * width] = of_x.scale[0];
   }
 };
 
@@ -164,6 +170,13 @@ struct RawCell {
     clip = limit > 0 ? clipped<Real>(whole, limit) : whole;
   }
 };
+
+// c_{t-1} of a row's vector at column n.
+template <typename Real>
+FASTSEQ_INLINE Vec<Real> cell_before(const CellOptions<Real>& extra, uint8_t flags, const Real* c_before, int64_t n) {
+  if (!(flags & kFlagReset)) return load(c_before + n);
+  return extra.reset.data ? extra.reset.load(0, static_cast<int>(n / kLanes<Real>)) : zero<Real>();
+}
 
 // One row's cell, from its activated gates to c_t and h_t.
 template <typename Real>
@@ -199,10 +212,7 @@ struct NormCellRow {
   }
 
  private:
-  FASTSEQ_INLINE Vec<Real> before(int64_t n) const {
-    if (!(flags & kFlagReset)) return load(c_before + n);
-    return extra.reset.data ? extra.reset.load(0, static_cast<int>(n / kLanes<Real>)) : zero<Real>();
-  }
+  FASTSEQ_INLINE Vec<Real> before(int64_t n) const { return cell_before(extra, flags, c_before, n); }
 };
 
 // The gradients of the learned numbers, summed over time for each row of the batch: [B, 4, width] or [B, width]. Null
@@ -252,10 +262,7 @@ struct NormGradRow {
   }
 
  private:
-  FASTSEQ_INLINE Vec<Real> before(int64_t n) const {
-    if (!(flags & kFlagReset)) return load(c_before + n);
-    return extra.reset.data ? extra.reset.load(0, static_cast<int>(n / kLanes<Real>)) : zero<Real>();
-  }
+  FASTSEQ_INLINE Vec<Real> before(int64_t n) const { return cell_before(extra, flags, c_before, n); }
   // dL/dc_t as it is carried, from after and from the tape.
   FASTSEQ_INLINE Vec<Real> carried(int64_t n) const {
     return extra.grad_c ? load(dc + n) + load(extra.grad_c + n) : load(dc + n);
@@ -354,7 +361,7 @@ struct NormGradRow {
       }
     }
     const MeanGradients<Real> h_means = of_all(of_h), x_means = norm.haste ? of_all(of_x) : MeanGradients<Real>{};
-    const Real h_scale = h[kGates * width], x_scale = norm.haste ? x[kGates * width] : 0;
+    const Vec<Real> h_scale = broadcast(h[kGates * width]), x_scale = broadcast(norm.haste ? x[kGates * width] : 0);
     for (int64_t n = 0; n < width; n += kLanes<Real>) FASTSEQ_UNROLL
     for (int gate = 0; gate < kGates; ++gate) {
       const int64_t at = gate * width + n;
