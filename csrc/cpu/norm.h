@@ -110,7 +110,7 @@ struct NormWeights {
   }
   // `bias`: b_ih + b_hh. Returns what the input projection shall add, which is not haste's bias: it comes after the
   // normalisation.
-  Real* load(Storage storage, const LayerOptions& options, Real* bias) {
+  Real* fill(Storage storage, const LayerOptions& options, Real* bias) {
     const auto rows = [&](const void* from, Real* to, int64_t count) {
       load_rows<Real>(storage, from, H, to, width, count, H);
     };
@@ -132,8 +132,7 @@ struct NormWeights {
   template <bool kKeep>
   void activate(Real* x, Real* h, Real* gates) const {
     if (!haste)
-      for (int64_t n = 0; n < kGates * width; n += kLanes<Real>)
-        store(h + n, fastseq::load(x + n) + fastseq::load(h + n));
+      for (int64_t n = 0; n < kGates * width; n += kLanes<Real>) store(h + n, load(x + n) + load(h + n));
     const Moments<Real> of_h = moments<kGates>(h, width, H);
     const Moments<Real> of_x = haste ? moments<kGates>(x, width, H) : Moments<Real>{};
     for (int64_t n = 0; n < width; n += kLanes<Real>) {
@@ -141,12 +140,12 @@ struct NormWeights {
       FASTSEQ_UNROLL
       for (int gate = 0; gate < kGates; ++gate) {
         const int64_t at = gate * width + n;
-        const Vec<Real> value = of_h.normalised(fastseq::load(h + at));
-        z[gate] = fma(value, fastseq::load(of_gates[kOfHidden] + at), fastseq::load(gate_bias + at));
+        const Vec<Real> value = of_h.normalised(load(h + at));
+        z[gate] = fma(value, load(of_gates[kOfHidden] + at), load(gate_bias + at));
         if (kKeep) store(h + at, value);
         if (haste) {
-          const Vec<Real> of_input = of_x.normalised(fastseq::load(x + at));
-          z[gate] = fma(of_input, fastseq::load(of_gates[kOfInput] + at), z[gate]);
+          const Vec<Real> of_input = of_x.normalised(load(x + at));
+          z[gate] = fma(of_input, load(of_gates[kOfInput] + at), z[gate]);
           if (kKeep) store(x + at, of_input);
         }
       }

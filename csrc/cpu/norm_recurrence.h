@@ -32,7 +32,7 @@ class NormForward : public RecurrentForward<LstmCell, Real, kWithOptions> {
   }
   void prepare() {
     Base::prepare();
-    bias_ = norm_.load(p_.storage, *p_.options, bias_);
+    bias_ = norm_.fill(p_.storage, *p_.options, bias_);
   }
   void work(int thread, int threads) {
     Real* scratch = scratch_ + thread * width_;
@@ -100,7 +100,7 @@ class NormBackward : public RecurrentBackward<LstmCell, Real, kWithOptions> {
 
   void prepare() {
     Base::prepare();
-    again_.bias = norm_.load(p_.storage, *p_.options, again_.bias);
+    again_.bias = norm_.fill(p_.storage, *p_.options, again_.bias);
     for (Real* sums : sums_.of_gates) clear(sums, kGates);
     clear(sums_.gate_bias, kGates), clear(sums_.bias, kGates);
     clear(sums_.of_cell, 1), clear(sums_.cell_bias, 1);
