@@ -197,7 +197,12 @@ def test_every_instruction_set(op: str, names: tuple[str, ...], isa: str, seed: 
 @pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize(("op", "names"), TOGETHER[1:], ids=lambda value: value if isinstance(value, str) else value[0])
 def test_gates_made_again_in_several_chunks(op: str, names: tuple[str, ...], seed: int) -> None:
-    """More rows of time and batch than a chunk has; the chunks' edges lie elsewhere with every batch size."""
+    """More rows of time and batch than a chunk has; the chunks' edges lie elsewhere with every batch size.
+
+    Without the cell's clip, whose derivative jumps: some of so many cells lie as near to it as float32 rounds, and which
+    side they fall on would decide the test.
+    """
+    names = tuple(name for name in names if name != "cell_clip")
     cases = (
         (Case(41, 33, 6, 20, P=7, time="lengths+reset"), torch.float32),
         (Case(41, 33, 6, 20, reverse=True, time="lengths"), torch.bfloat16),
