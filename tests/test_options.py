@@ -199,8 +199,8 @@ def test_every_instruction_set(op: str, names: tuple[str, ...], isa: str, seed: 
 def test_gates_made_again_in_several_chunks(op: str, names: tuple[str, ...], seed: int) -> None:
     """More rows of time and batch than a chunk has; the chunks' edges lie elsewhere with every batch size.
 
-    Without the cell's clip, whose derivative jumps: some of so many cells lie as near to it as float32 rounds, and which
-    side they fall on would decide the test.
+    Without the clip of the cell, whose derivative jumps: some of so many cells lie as near to it as float32 rounds, and
+    which side they fall on would decide the test.
     """
     names = tuple(name for name in names if name != "cell_clip")
     cases = (
