@@ -286,6 +286,10 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("isa", [] { return std::string(current_kernels().name); });
   m.def("isas", &names);
   m.def("use_isa", &use_kernels);
+#if defined(__x86_64__)
+  m.def("split_rows", &split_rows);
+  m.def("set_split_rows", &set_split_rows);
+#endif
   m.def("openmp_threads", &omp_get_max_threads);
   py::class_<Workspace>(m, "Block", py::buffer_protocol(),
                         "Memory from the pool, back to it when nothing refers to it.")

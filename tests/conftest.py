@@ -36,17 +36,18 @@ def set_search(everything: bool) -> None:
     settings.load_profile("full" if everything else "quick")
 
 
-# Instruction sets that have kernels of their own for bfloat16 alone; for the rest they hand on those of avx512.
-FOR_BFLOAT16 = ("amx", "avx512_bf16")
+# Instruction sets that have kernels of their own for these dtypes alone; for the rest they hand on those of avx512.
+KERNELS_FOR = {"amx": {torch.bfloat16, torch.float32}, "avx512_bf16": {torch.bfloat16}}
 
 
 def repeats_another_set(item: pytest.Item) -> bool:
-    """Whether a test names such an instruction set, and a dtype for which it has no kernels of its own."""
+    """Whether a test names such an instruction set, and no dtype for which it has kernels of its own."""
     values = (
         list(item.callspec.params.values()) if isinstance(item, pytest.Function) and hasattr(item, "callspec") else []
     )
-    named = any(isinstance(value, str) and value.removeprefix("cpp-") in FOR_BFLOAT16 for value in values)
-    return named and torch.bfloat16 not in values
+    sets = [value.removeprefix("cpp-") for value in values if isinstance(value, str)]
+    dtypes = {value for value in values if isinstance(value, torch.dtype)}
+    return any(name in KERNELS_FOR and not dtypes & KERNELS_FOR[name] for name in sets)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -80,7 +81,8 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     name, _, isa = request.param.partition("-")
     with dispatch.use(name):
         if isa:
-            with cpu.use_isa(isa):
+            # However small the batch of a test, the kernels that are meant for large ones run.
+            with cpu.use_isa(isa), cpu.use_split_rows(1):
                 yield name
         else:
             yield name

@@ -17,15 +17,6 @@ namespace {
 inline const BFloat16* half(const void* data) { return static_cast<const BFloat16*>(data); }
 inline BFloat16* half(void* data) { return static_cast<BFloat16*>(data); }
 
-// Numbers of a row of bfloat16 in whole chunks.
-FASTSEQ_INLINE int64_t row_numbers(int64_t width) { return chunks_of(width) * kChunk; }
-inline void copy_rows(const BFloat16* from, int64_t stride, BFloat16* to, int64_t rows, int64_t width) {
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t n = 0; n < row_numbers(width); n += kChunk)
-      _mm512_storeu_si512(to + r * row_numbers(width) + n,
-                          _mm512_maskz_loadu_epi16(mask32(width - n), from + r * stride + n));
-}
-
 // Weights that stay in a core's second-level cache beside the rest, so that one product may read them all at every
 // step.
 constexpr int64_t kSumsNumbers = kBlockHeight * kSumsStride;
@@ -38,8 +29,8 @@ FASTSEQ_INLINE Panel panel_at(const PanelRange& panels, int64_t phase, int64_t i
 
 // Team::sweep with every product made during the cell before it: begin(panel, tile, sums) begins it,
 // complete(panel, tile, sums) makes use of it and advances the next.
-template <typename Begin, typename Complete>
-void sweep_pipelined(BF16Unit& unit, const Team& team, int64_t phase, const PanelRange& panels,
+template <typename Number, typename Begin, typename Complete>
+void sweep_pipelined(BF16Unit<Number>& unit, const Team& team, int64_t phase, const PanelRange& panels,
                      float (*sums)[kSumsNumbers], const Begin& begin, const Complete& complete) {
   const int64_t tiles = team.tiles.end - team.tiles.begin, count = panels.count() * tiles;
   if (panels.count() == 0)
@@ -70,10 +61,10 @@ class BF16RecurrentForward {
         width_(tape_width(p.H)),
         gates_stride_(gates_width(p.H, Cell::kGates)),
         vectors_(vectors_of(p.H)),
-        h_stride_(row_numbers(p.H)),
-        x_stride_(row_numbers(p.I)),
-        w_numbers_(chunks_of(p.I) * kTileNumbers),
-        r_numbers_(chunks_of(p.H) * kTileNumbers),
+        h_stride_(row_numbers<BFloat16>(p.H)),
+        x_stride_(row_numbers<BFloat16>(p.I)),
+        w_numbers_(vector_numbers<BFloat16>(p.I)),
+        r_numbers_(vector_numbers<BFloat16>(p.H)),
         chunk_(chunk_steps(p.T, p.B, gates_stride_ * static_cast<int64_t>(sizeof(float)))),
         threads_(useful_threads(p.threads, p.T * p.B * Cell::kGates * p.H * (p.I + p.H), batch_.count(), vectors_)) {}
 
@@ -94,7 +85,7 @@ class BF16RecurrentForward {
 
   void prepare() {
     memset(progress_, 0, static_cast<size_t>(threads_ * progress_stride_) * sizeof(int64_t));
-    copy_rows(half(p_.h0), p_.H, h_[0], p_.B, p_.H);
+    copy_rows(half(p_.h0), p_.H, h_[0], h_stride_, p_.B, p_.H);
     memset(h_[1], 0, static_cast<size_t>(p_.B * h_stride_) * sizeof(BFloat16));
     if (Cell::kHasC) load_rows<float>(p_.storage, p_.c0, p_.H, c_, width_, p_.B, p_.H);
     for (int64_t gate = 0; gate < Cell::kGates; ++gate)
@@ -119,7 +110,7 @@ class BF16RecurrentForward {
     if (team.groups > 1) barrier_.wait(threads);
     if (team.idle()) return;
 
-    BF16Unit unit;
+    BF16Unit<BFloat16> unit;
     alignas(64) float sums[2][kSumsNumbers];
     const PanelRange panels = Cell::panels(units);
     // One product of x and h, hidden behind the cells, where its weights stay in cache and blocks are high enough to
@@ -177,12 +168,13 @@ class BF16RecurrentForward {
     const BFloat16* x = half(p_.x) + begin * step_stride + first * row_stride;
     if (p_.I % kChunk == 0) return {x, step_stride, row_stride, first};
     for (int64_t t = begin; t < end; ++t)
-      copy_rows(x + (t - begin) * step_stride, row_stride, staged + (t - begin) * rows * x_stride_, rows, p_.I);
+      copy_rows(x + (t - begin) * step_stride, row_stride, staged + (t - begin) * rows * x_stride_, x_stride_, rows,
+                p_.I);
     return {staged, rows * x_stride_, x_stride_, first};
   }
 
   // x W^T of times [begin, end) into the gates.
-  void project(BF16Unit& unit, const Team& team, const PanelRange& panels, int64_t begin, int64_t end,
+  void project(BF16Unit<BFloat16>& unit, const Team& team, const PanelRange& panels, int64_t begin, int64_t end,
                const Staged& x) const {
     const int64_t first = batch_.first(team.tiles.begin), rows = batch_.first(team.tiles.end) - first;
     // Rows of one step after another make higher blocks where they lie evenly.
@@ -196,10 +188,11 @@ class BF16RecurrentForward {
         for (int64_t j = 0; j < blocks.count(); ++j) {
           const int64_t row = blocks.first(j);
           float* to = gates(begin, begin) + (piece * p_.B + first + row) * gates_stride_ + panel.first * kTileColumns;
-          multiply(unit, blocks.height(j), panel.vectors * Cell::kGates,
-                   dense_left(x.data + piece * x.step_stride + row * row_stride, row_stride * 2, chunks_of(p_.I)),
-                   w_ + panel.first * Cell::kGates * w_numbers_, w_numbers_, {},
-                   {to, gates_stride_, Cell::slot_stride(width_)});
+          multiply(
+              unit, blocks.height(j), panel.vectors * Cell::kGates,
+              dense_left<BFloat16>(x.data + piece * x.step_stride + row * row_stride, row_stride * 2, chunks_of(p_.I)),
+              w_ + panel.first * Cell::kGates * w_numbers_, w_numbers_, {},
+              {to, gates_stride_, Cell::slot_stride(width_)});
         }
     }
   }
@@ -211,7 +204,7 @@ class BF16RecurrentForward {
     return {batch_.height(tile),
             static_cast<int>(panel.vectors * Cell::kGates),
             1,
-            {dense_left(h_[step % 2] + row * h_stride_, h_stride_ * 2, chunks_of(p_.H)), {}},
+            {dense_left<BFloat16>(h_[step % 2] + row * h_stride_, h_stride_ * 2, chunks_of(p_.H)), {}},
             {r_ + panel.first * Cell::kGates * r_numbers_, nullptr},
             {r_numbers_, 0},
             {projected, gates_stride_, Cell::slot_stride(width_)},
@@ -225,14 +218,16 @@ class BF16RecurrentForward {
     product.left[1] = product.left[0], product.panel[1] = product.panel[0];
     product.vector_numbers[1] = product.vector_numbers[0];
     const int64_t t = clock_.time(step) - begin, row = batch_.first(tile) - x.first;
-    product.left[0] = dense_left(x.data + t * x.step_stride + row * x.row_stride, x.row_stride * 2, chunks_of(p_.I));
+    product.left[0] =
+        dense_left<BFloat16>(x.data + t * x.step_stride + row * x.row_stride, x.row_stride * 2, chunks_of(p_.I));
     product.panel[0] = w_ + panel.first * Cell::kGates * w_numbers_;
     product.vector_numbers[0] = w_numbers_;
     product.init = {};
     return product;
   }
 
-  void cell(BF16Unit& unit, const float* sums, int64_t step, int64_t begin, const Panel& panel, int64_t tile) const {
+  void cell(BF16Unit<BFloat16>& unit, const float* sums, int64_t step, int64_t begin, const Panel& panel,
+            int64_t tile) const {
     const int64_t t = clock_.time(step), row = batch_.first(tile), column = panel.first * kTileColumns;
     const int rows = batch_.height(tile);
     const int64_t state = row * width_ + column, steps = unit.steps_in(Cell::calls(rows, panel.vectors));
@@ -272,7 +267,7 @@ class BF16RecurrentBackward {
         width_(tape_width(p.H)),
         gates_stride_(gates_width(p.H, Cell::kGates)),
         vectors_(vectors_of(p.H)),
-        numbers_(Cell::kGates * chunks_of(p.H) * kTileNumbers),
+        numbers_(Cell::kGates * vector_numbers<BFloat16>(p.H)),
         threads_(useful_threads(p.threads, p.T * p.B * Cell::kGates * p.H * (p.I + p.H), batch_.count(),
                                 divide_up(vectors_, 2))) {}
 
@@ -287,10 +282,10 @@ class BF16RecurrentBackward {
     last_ = p_.grad_h_n ? carver.take<float>(B * width_) : nullptr;
     if (weights()) {
       const int64_t all = p_.I + p_.H;
-      columns_ = carver.take<char>(2 * all * BF16WeightGradient::kColumnBytes);
-      packed_stride_ = divide_up(Cell::kGates * vectors_, threads_) * BF16WeightGradient::kVectorNumbers;
+      columns_ = carver.take<char>(2 * all * WeightGradient::kColumnBytes);
+      packed_stride_ = divide_up(Cell::kGates * vectors_, threads_) * WeightGradient::kVectorNumbers;
       packed_ = carver.take<BFloat16>(threads_ * packed_stride_);
-      sums_ = carver.take<float>(all * BF16WeightGradient::sums_stride(Cell::kGates, p_.H));
+      sums_ = carver.take<float>(all * WeightGradient::sums_stride(Cell::kGates, p_.H));
     }
     if (p_.db) db_ = carver.take<float>(batch_.count() * Cell::kGates * width_);
     progress_stride_ = round_up(batch_.count(), 8);
@@ -318,7 +313,7 @@ class BF16RecurrentBackward {
       pack_columns_from_matrix(half(p_.w_ih), Cell::kGates, p_.H, p_.I, split(vectors_of(p_.I), threads, thread),
                                numbers_, w_);
     barrier_.wait(threads);
-    BF16Unit unit;
+    BF16Unit<BFloat16> unit;
     alignas(64) float sums[2][kSumsNumbers];
     if (!team.idle()) {
       Range units = team.slice(pairs);
@@ -329,13 +324,14 @@ class BF16RecurrentBackward {
 
     const BF16GradientRows d{
         static_cast<const char*>(p_.dgates), gates_stride_ * 4, width_ * 4, Cell::kGates, p_.H, p_.T * p_.B};
-    if (p_.dx) BF16InputGradient{d, p_.I, w_, half(p_.dx)}.run(unit, sums[0], thread, threads);
+    if (p_.dx)
+      BF16InputGradient<BF16GradientRows>{d, p_.I, w_, half(p_.dx)}.run(unit, sums[0], nullptr, thread, threads);
     if (!weights()) return;
     const InputRows x{p_.storage, p_.x, p_.x_stride_t, p_.x_stride_b};
     const PreviousHidden<kNoFlags> h{p_.storage, clock_, p_.B, p_.H, nullptr, p_.y, p_.h0, nullptr};
-    BF16WeightGradient{d, p_.B}.run(unit, columns_, packed_ + thread * packed_stride_, sums_, thread, threads, barrier_,
-                                    BF16RowSource<InputRows>{p_.I, x, half(p_.dw_ih)},
-                                    BF16RowSource<PreviousHidden<kNoFlags>>{p_.H, h, half(p_.dw_hh)});
+    WeightGradient{d, p_.B}.run(unit, columns_, packed_ + thread * packed_stride_, sums_, thread, threads, barrier_,
+                                BF16RowSource<BFloat16, InputRows>{p_.I, x, half(p_.dw_ih)},
+                                BF16RowSource<BFloat16, PreviousHidden<kNoFlags>>{p_.H, h, half(p_.dw_hh)});
   }
 
   void finish() const {
@@ -344,9 +340,11 @@ class BF16RecurrentBackward {
   }
 
  private:
+  using WeightGradient = BF16WeightGradient<BF16GradientRows>;
   bool weights() const { return p_.dw_hh != nullptr; }
 
-  void through_time(BF16Unit& unit, float (*sums)[kSumsNumbers], const Team& team, const PanelRange& panels) const {
+  void through_time(BF16Unit<BFloat16>& unit, float (*sums)[kSumsNumbers], const Team& team,
+                    const PanelRange& panels) const {
     int64_t phase = 0;
     for (int64_t step = p_.T - 1; step >= 0; --step)
       sweep_pipelined(
@@ -386,7 +384,7 @@ class BF16RecurrentBackward {
             {},
             {sums, kSumsStride, kTileColumns}};
   }
-  void cell(BF16Unit& unit, const float* sums, int64_t step, const Panel& panel, int64_t tile) const {
+  void cell(BF16Unit<BFloat16>& unit, const float* sums, int64_t step, const Panel& panel, int64_t tile) const {
     const int64_t t = clock_.time(step), row = batch_.first(tile), column = panel.first * kTileColumns;
     const int rows = batch_.height(tile);
     const bool is_last = step == p_.T - 1;

@@ -349,14 +349,14 @@ struct InitialHiddenGradOp {
   int64_t stride;
 
   template <int kRows, int kVectors>
-  FASTSEQ_INLINE void finish(const Vec<Real> (&acc)[kRows][kVectors]) const {
+  FASTSEQ_INLINE void finish(const Vec<Real> (&acc)[kRows][kVectors], int first = 0) const {
     FASTSEQ_UNROLL
     for (int r = 0; r < kRows; ++r) FASTSEQ_UNROLL
     for (int v = 0; v < kVectors; ++v) {
       const int inside = lanes_inside<Real>(source.columns, v * kLanes<Real>);
       const Vec<Real> dh =
-          source.before_step_of_tile(r, v, acc[r][v]);  // also where only the options' gradients are wanted
-      if (inside > 0 && dh0) store_as<Real>(storage, dh0, r * stride + v * kLanes<Real>, dh, inside);
+          source.before_step_of_tile(first + r, v, acc[r][v]);  // also where only the options' gradients are wanted
+      if (inside > 0 && dh0) store_as<Real>(storage, dh0, (first + r) * stride + v * kLanes<Real>, dh, inside);
     }
   }
 };

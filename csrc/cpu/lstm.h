@@ -63,7 +63,8 @@ template <typename Real, Flags kFlags>
 struct LstmCellOp {
   using Sink = typename HiddenState<Real, kFlags>::Sink;
   const Real* preactivation;
-  Real* gates;  // where the activated gates go, or null
+  int64_t preactivation_stride;  // 0: the bias alone
+  Real* gates;                   // where the activated gates go, or null
   int64_t gates_stride, gate_stride;
   const Real* c_before;
   Real* c;
@@ -74,14 +75,15 @@ struct LstmCellOp {
   WithOptions<kFlags, CellOptions<Real>> extra;
 
   template <int kRows, int kVectors>
-  FASTSEQ_INLINE void finish(const Vec<Real> (&acc)[kRows][kVectors]) const {
+  // The accumulators are those of the tile's rows from `first` on; so in the other Ops.
+  FASTSEQ_INLINE void finish(const Vec<Real> (&acc)[kRows][kVectors], int first = 0) const {
     static_assert(kVectors == kGates, "an LSTM panel is four gates of one vector of units");
     FASTSEQ_UNROLL
     for (int r = 0; r < kRows; ++r) {
       if constexpr (kFlags == kWithOptions)
-        row_apart(r, acc[r][kInput], acc[r][kForget], acc[r][kCell], acc[r][kOutput]);
+        row_apart(first + r, acc[r][kInput], acc[r][kForget], acc[r][kCell], acc[r][kOutput]);
       else
-        row(r, acc[r][kInput], acc[r][kForget], acc[r][kCell], acc[r][kOutput]);
+        row(first + r, acc[r][kInput], acc[r][kForget], acc[r][kCell], acc[r][kOutput]);
     }
   }
 
@@ -91,7 +93,7 @@ struct LstmCellOp {
     row(r, i, f, g, o);
   }
   FASTSEQ_INLINE void row(int r, Vec<Real> i, Vec<Real> f, Vec<Real> g, Vec<Real> o) const {
-    const Real* from = preactivation + r * gates_stride;
+    const Real* from = preactivation + r * preactivation_stride;
     Vec<Real> z[kGates] = {i, f, g, o};
     FASTSEQ_UNROLL
     for (int gate = 0; gate < kGates; ++gate) z[gate] = z[gate] + load(from + gate * gate_stride);
@@ -123,24 +125,27 @@ struct LstmCellOp {
 // The gates of a chunk of time made again: its rows are independent, since h_{t-1} and c_{t-1} are known.
 template <typename Real>
 struct LstmGatesOp {
-  Real* gates;  // in: the projected input; out: the gates
+  const Real* preactivation;  // may be `gates` itself
+  int64_t preactivation_stride;
+  Real* gates;
   int64_t gates_stride, gate_stride;
   const Real* c_before;  // rows of this tile, or null without peepholes
   int64_t c_stride;
   CellOptions<Real> extra;
 
   template <int kRows, int kVectors>
-  FASTSEQ_INLINE void finish(const Vec<Real> (&acc)[kRows][kVectors]) const {
+  FASTSEQ_INLINE void finish(const Vec<Real> (&acc)[kRows][kVectors], int first = 0) const {
     FASTSEQ_UNROLL
-    for (int r = 0; r < kRows; ++r) row(r, acc[r][kInput], acc[r][kForget], acc[r][kCell], acc[r][kOutput]);
+    for (int r = 0; r < kRows; ++r) row(first + r, acc[r][kInput], acc[r][kForget], acc[r][kCell], acc[r][kOutput]);
   }
 
  private:
   __attribute__((noinline)) void row(int r, Vec<Real> i, Vec<Real> f, Vec<Real> g, Vec<Real> o) const {
+    const Real* from = preactivation + r * preactivation_stride;
     Real* to = gates + r * gates_stride;
     Vec<Real> z[kGates] = {i, f, g, o};
     FASTSEQ_UNROLL
-    for (int gate = 0; gate < kGates; ++gate) z[gate] = z[gate] + load(to + gate * gate_stride);
+    for (int gate = 0; gate < kGates; ++gate) z[gate] = z[gate] + load(from + gate * gate_stride);
     lstm_gates<Real, kWithOptions>(z, c_before ? load(c_before + r * c_stride) : zero<Real>(), extra);
     FASTSEQ_UNROLL
     for (int gate = 0; gate < kGates; ++gate) store(to + gate * gate_stride, z[gate]);
@@ -174,13 +179,14 @@ struct LstmCellGradOp {
   WithOptions<kFlags, CellGradOptions<Real>> extra;
 
   template <int kRows, int kVectors>
-  FASTSEQ_INLINE void finish(const Vec<Real> (&acc)[kRows][kVectors]) const {
-    if constexpr (kFlags == kWithOptions) return finish_with_options(acc);
+  FASTSEQ_INLINE void finish(const Vec<Real> (&acc)[kRows][kVectors], int first = 0) const {
+    if constexpr (kFlags == kWithOptions) return finish_with_options(acc, first);
     FASTSEQ_UNROLL
     for (int v = 0; v < kVectors; ++v) {
       Vec<Real> sums[kGates] = {zero<Real>(), zero<Real>(), zero<Real>(), zero<Real>()};
       FASTSEQ_UNROLL
-      for (int r = 0; r < kRows; ++r) {
+      for (int of_acc = 0; of_acc < kRows; ++of_acc) {
+        const int r = first + of_acc;
         const int64_t cell = r * c_stride + v * kLanes<Real>;
         const Real* from = gates + r * gates_stride + v * kLanes<Real>;
         const Vec<Real> i = load(from + kInput * gate_stride), f = load(from + kForget * gate_stride);
@@ -189,7 +195,7 @@ struct LstmCellGradOp {
         Vec<Real> before = load(c_before + cell);
         const bool reset = kFlags && flags[r] & kFlagReset, padding = kFlags && flags[r] & kFlagPadding;
         if (reset) before = zero<Real>();
-        const Vec<Real> dh = projected ? acc[r][v] : source.at_step(r, v, acc[r][v]);
+        const Vec<Real> dh = projected ? acc[of_acc][v] : source.at_step(r, v, acc[of_acc][v]);
         if (unprojected) store(unprojected + cell, o * tanh_c);
 
         const Vec<Real> dh_o = dh * o;
@@ -225,10 +231,10 @@ struct LstmCellGradOp {
 
  private:
   template <int kRows, int kVectors>
-  FASTSEQ_INLINE void finish_with_options(const Vec<Real> (&acc)[kRows][kVectors]) const {
+  FASTSEQ_INLINE void finish_with_options(const Vec<Real> (&acc)[kRows][kVectors], int first) const {
     FASTSEQ_UNROLL
     for (int v = 0; v < kVectors; ++v) FASTSEQ_UNROLL
-    for (int r = 0; r < kRows; ++r) row_with_options(r, v, acc[r][v]);
+    for (int r = 0; r < kRows; ++r) row_with_options(first + r, v, acc[r][v]);
   }
   __attribute__((noinline)) void row_with_options(int r, int v, Vec<Real> recurrent) const {
     const int64_t column = v * kLanes<Real>, cell = r * c_stride + column;

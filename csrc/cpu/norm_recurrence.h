@@ -13,13 +13,11 @@
 namespace fastseq {
 namespace {
 
-inline bool normalises(const LayerOptions* options) { return options && options->weight_ln_c; }
-
 template <typename Real>
 class NormForward : public RecurrentForward<LstmCell, Real, kWithOptions> {
   using Base = RecurrentForward<LstmCell, Real, kWithOptions>;
   using Base::batch_, Base::bias_, Base::clock_, Base::flags_, Base::gates_stride_, Base::hidden_, Base::p_,
-      Base::threads_, Base::unprojected_, Base::width_;
+      Base::threads_, Base::unprojected_, Base::vectors_, Base::width_;
 
  public:
   using Base::Base;
@@ -36,11 +34,11 @@ class NormForward : public RecurrentForward<LstmCell, Real, kWithOptions> {
   }
   void work(int thread, int threads) {
     Real* scratch = scratch_ + thread * width_;
-    Base::sequence(
-        thread, threads, [&](const Team& team, const PanelRange& panels, int64_t step, int64_t begin, int64_t& phase) {
-          team.sweep(phase++, panels, [&](const Panel& panel, int64_t tile) { multiply(step, panel, tile); });
-          team.sweep_rows(phase++, batch_, [&](int64_t row) { cell(step, begin, row, scratch); });
-        });
+    Base::run(thread, threads, [&](const Team& team, int64_t step, int64_t begin, int64_t& phase) {
+      const PanelRange panels = LstmCell::panels(team.slice(vectors_));
+      team.sweep(phase++, panels, [&](const Panel& panel, int64_t tile) { multiply(step, panel, tile); });
+      team.sweep_rows(phase++, batch_, [&](int64_t row) { cell(step, begin, row, scratch); });
+    });
   }
 
  private:
@@ -75,7 +73,7 @@ class NormBackward : public RecurrentBackward<LstmCell, Real, kWithOptions> {
   using Base = RecurrentBackward<LstmCell, Real, kWithOptions>;
   using Base::again_, Base::barrier_, Base::batch_, Base::chunk_, Base::clock_, Base::db_, Base::dc_, Base::dgates_,
       Base::dh_, Base::dh_stride_, Base::flags_, Base::gates_stride_, Base::hidden_, Base::p_, Base::panels_,
-      Base::threads_, Base::unprojected_, Base::w_hr_, Base::width_;
+      Base::threads_, Base::unprojected_, Base::vectors_, Base::w_hr_, Base::width_;
 
  public:
   using Base::Base;
@@ -107,12 +105,17 @@ class NormBackward : public RecurrentBackward<LstmCell, Real, kWithOptions> {
   }
 
   void work(int thread, int threads) {
-    Base::chunks(
+    const Team team = Base::pack(thread, threads);
+    const auto through = [&](const Team&, int64_t step, const Chunk& chunk, int64_t& phase) {
+      const Range units = team.slice(vectors_);
+      team.sweep(phase++, {units.begin, units.end},
+                 [&](const Panel& panel, int64_t tile) { multiply(step, chunk, panel, tile); });
+      team.sweep_rows(phase++, batch_, [&](int64_t row) { cell(step, chunk, row, thread); });
+    };
+    int64_t phase = 0;
+    Base::run_chunks(
         thread, threads, [&](const Chunk& chunk) { again(chunk, thread, threads); },
-        [&](const Team& team, const PanelRange& units, int64_t step, const Chunk& chunk, int64_t& phase) {
-          team.sweep(phase++, units, [&](const Panel& panel, int64_t tile) { multiply(step, chunk, panel, tile); });
-          team.sweep_rows(phase++, batch_, [&](int64_t row) { cell(step, chunk, row, thread); });
-        },
+        [&](const Chunk& chunk) { Base::through_time(team, chunk, phase, through); },
         [&](const Chunk& chunk) { products(chunk, thread, threads); });
   }
 
@@ -187,14 +190,14 @@ class NormBackward : public RecurrentBackward<LstmCell, Real, kWithOptions> {
                       dc_ + row * width_,
                       p_.w_hr ? unprojected_ + in_chunk * width_ : nullptr,
                       flags_[t * p_.B + row],
-                      Base::cell_grad_options(t, row, 0),
+                      Base::cell_grad_options(t, 0, row, 0),
                       sums_.of_row(row, width_),
                       scratch,
                       scratch + width_}
         .run();
   }
   void products(const Chunk& chunk, int thread, int threads) {
-    if (!norm_.haste) return Base::large_products(chunk, dgates_, thread, threads);
+    if (!norm_.haste) return Base::large_products(chunk, thread, threads);
     // The sums of the input have gradients of their own.
     const auto of_input = Base::gate_gradients(of_input_, chunk), of_hidden = Base::gate_gradients(dgates_, chunk);
     if (p_.dx) Base::input_gradient(of_input, chunk, thread, threads);

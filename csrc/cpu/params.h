@@ -175,6 +175,11 @@ struct RecurrentKernels {
 
 #if defined(__x86_64__)
 extern const KernelTable kAvx512Kernels;
+
+// From how many rows of the batch on the amx set makes the products of a float32 step of bfloat16 terms
+// (split_recurrence.h). Set by tests, so that small cases reach those kernels too.
+int64_t split_rows();
+void set_split_rows(int64_t rows);
 #endif
 
 }  // namespace fastseq

@@ -28,8 +28,9 @@ struct Recompute {
   const Real *c, *c0;  // [T, B, tape_width(H)], [B, tape_width(H)]; both are read for peepholes only
   const Real* peephole;
   const LayerOptions* options;
-  Real *w, *r, *bias;  // packed w_ih and w_hh, [gates, tape_width(H)]
-  Real* staged;        // staged_numbers() of each thread
+  Real* bias;  // [gates, tape_width(H)]
+  // Of place_weights: packed w_ih and w_hh, and staged_numbers() of each thread.
+  Real *w = nullptr, *r = nullptr, *staged = nullptr;
 
   // So many rows share what is read of the weights.
   static constexpr int64_t kRows = 16 * kTileRows;
@@ -42,6 +43,11 @@ struct Recompute {
     return round_up(kRows * (I + P + (Cell::kHasC ? tape_width(H) : 0)), 16);
   }
 
+  void place_weights(Carver& carver, int threads) {
+    w = carver.take<Real>(Cell::kGates * tape_width(H) * I);
+    r = carver.take<Real>(Cell::kGates * tape_width(H) * P);
+    staged = carver.take<Real>(threads * staged_numbers(I, H, P));
+  }
   void pack(const void* w_ih, const void* w_hh, int thread, int threads) const {
     const Range units{0, tape_width(H) / kLanes<Real>};
     if (thread == 0) Cell::template pack<Real>(storage, w_hh, H, P, units, r);
@@ -91,6 +97,28 @@ struct Recompute {
     multiply(panel, rows, r, from, P, plus, to, to_stride);
   }
 
+  // Of row `row` of the chunk that begins at time `begin`.
+  void stage_row(int64_t begin, int64_t row, Real* xs, Real* hs, Real* cs) const {
+    const int64_t t = begin + row / B, b = row % B;
+    load_rows<Real>(storage, x(t, b), 0, xs, I, 1, I);
+    load_rows<Real>(storage, previous(t, b), 0, hs, P, 1, P);
+    if (h_mask) scale(hs, h_mask + b * tape_width(P));
+    if (Cell::kHasC && peephole) stage_c(t, b, cs);
+  }
+  // What makes the gates of rows from the sums of their products: preactivation, stride included, is what is added.
+  auto gates_op(int64_t column, const Real* preactivation, int64_t preactivation_stride, Real* gates,
+                int64_t gates_stride, const Real* c_before) const {
+    const int64_t width = tape_width(H);
+    if constexpr (Cell::kHasC)
+      return LstmGatesOp<Real>{
+          preactivation,  preactivation_stride,
+          gates + column, gates_stride,
+          width,          peephole ? c_before + column : nullptr,
+          width,          cell_options<Real>(*options, storage, peephole, width, 0, B, H, 0, column)};
+    else
+      return ElmanSlopesOp<Real>{activation, preactivation, preactivation_stride, gates + column, gates_stride};
+  }
+
  private:
   void multiply(const Panel& panel, int rows, const Real* weights, const Real* from, int64_t K, const Real* plus,
                 Real* to, int64_t to_stride) const {
@@ -100,13 +128,8 @@ struct Recompute {
         rows, panel, op, Product<Real>{weights + column * K * Cell::kGates, K, from, K, chain_for<Real>(H)});
   }
   void stage(int64_t begin, int64_t first, int64_t last, Real* xs, Real* hs, Real* cs) const {
-    for (int64_t row = first; row < last; ++row, xs += I, hs += P, cs += tape_width(H)) {
-      const int64_t t = begin + row / B, b = row % B;
-      load_rows<Real>(storage, x(t, b), 0, xs, I, 1, I);
-      load_rows<Real>(storage, previous(t, b), 0, hs, P, 1, P);
-      if (h_mask) scale(hs, h_mask + b * tape_width(P));
-      if (Cell::kHasC && peephole) stage_c(t, b, cs);
-    }
+    for (int64_t row = first; row < last; ++row, xs += I, hs += P, cs += tape_width(H))
+      stage_row(begin, row, xs, hs, cs);
   }
   void scale(Real* row, const Real* by) const {
     for (int64_t n = 0; n < P; n += kLanes<Real>) {
@@ -126,18 +149,10 @@ struct Recompute {
   }
   void activate_tile(const Panel& panel, int rows, const Real* h, const Real* c_before, Real* gates,
                      int64_t gates_stride) const {
-    const int64_t column = panel.first * kLanes<Real>, width = tape_width(H);
+    const int64_t column = panel.first * kLanes<Real>;
     const Product<Real> product{r + column * P * Cell::kGates, P, h, P, chain_for<Real>(H)};
-    if constexpr (Cell::kHasC) {
-      const LstmGatesOp<Real> op{
-          gates + column, gates_stride,
-          width,          peephole ? c_before + column : nullptr,
-          width,          cell_options<Real>(*options, storage, peephole, width, 0, B, H, 0, column)};
-      Cell::template run<Chains::kOne, Real>(rows, panel, op, product);
-    } else {
-      Cell::template run<Chains::kOne, Real>(rows, panel, ElmanSlopesOp<Real>{activation, gates + column, gates_stride},
-                                             product);
-    }
+    Cell::template run<Chains::kOne, Real>(
+        rows, panel, gates_op(column, gates + column, gates_stride, gates, gates_stride, c_before), product);
   }
 };
 

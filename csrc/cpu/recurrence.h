@@ -30,17 +30,24 @@ class RecurrentForward {
   int threads() const { return threads_; }
 
   void place(Carver& carver) {
-    const int64_t B = p_.B;
     w_ = carver.take<Real>(Cell::kGates * width_ * p_.I);
+    place_recurrent(carver);
+    const int64_t staged = chunk_ * p_.B * p_.I;
+    staged_stride_ = InputProjection<Real>::needs_staging(p_.storage, p_.B, p_.x_stride_t, p_.x_stride_b) ? staged : 0;
+    staged_ = staged_stride_ ? carver.take<Real>(threads_ * staged_stride_) : nullptr;
+    place_state(carver);
+  }
+  void place_recurrent(Carver& carver) {
     r_ = carver.take<Real>(Cell::kGates * width_ * p_.P);
     w_hr_ = p_.w_hr ? carver.take<Real>(out_vectors_ * p_.H * kLanes<Real>) : nullptr;
+  }
+  // All but the operands of products.
+  void place_state(Carver& carver) {
+    const int64_t B = p_.B;
     unprojected_ = p_.w_hr ? carver.take<Real>(B * width_) : nullptr;
     bias_ = carver.take<Real>(Cell::kGates * width_);
     c_ = Cell::kHasC ? carver.take<Real>(B * width_) : nullptr;
     gates_ = p_.gates ? nullptr : carver.take<Real>(chunk_ * B * gates_stride_);
-    const int64_t staged = chunk_ * B * p_.I;
-    staged_stride_ = InputProjection<Real>::needs_staging(p_.storage, B, p_.x_stride_t, p_.x_stride_b) ? staged : 0;
-    staged_ = staged_stride_ ? carver.take<Real>(threads_ * staged_stride_) : nullptr;
     flags_ = kFlags == kWithOptions&& !p_.flags ? no_flags_ = carver.take<uint8_t>(p_.T * B) : p_.flags;
     hidden_ = {p_.storage,
                clock_,
@@ -76,31 +83,19 @@ class RecurrentForward {
   }
 
   void work(int thread, int threads) {
-    sequence(thread, threads,
-             [&](const Team& team, const PanelRange& panels, int64_t step, int64_t begin, int64_t& phase) {
-               team.sweep(phase++, panels, [&](const Panel& panel, int64_t tile) { cell(step, begin, panel, tile); });
-             });
+    run(thread, threads,
+        [this](const Team& team, int64_t step, int64_t begin, int64_t& phase) { cells(team, step, begin, phase); });
   }
-
-  void finish() const {
-    hidden_.finish(p_.h_n);
-    if (Cell::kHasC) store_rows<Real>(p_.storage, c_at(p_.T - 1), width_, p_.c_n, p_.H, p_.B, p_.H);
-  }
-
- protected:
-  // A thread's part of it all. through(team, panels, step, begin, phase) takes the step from h_{t-1} and the projected
-  // input to h_t, in as many phases as it likes.
+  // A thread's part of it all. through(team, step, begin, phase) takes a step from h_{t-1} and the projected input to
+  // h_t before any projection, in as many phases as it likes.
   template <typename Through>
-  void sequence(int thread, int threads, const Through& through) {
-    const Team team(thread, threads, batch_.count(), vectors_ < out_vectors_ ? vectors_ : out_vectors_,
-                    Cell::kGates * p_.H * p_.P * static_cast<int64_t>(sizeof(Real)), progress_, progress_stride_);
-    const Range units = team.slice(vectors_), outs = team.slice(out_vectors_);
+  void run(int thread, int threads, const Through& through) {
+    const Team team = team_of(thread, threads);
+    const Range units = team.slice(vectors_);
     if (!team.idle()) {
       // Where groups read the same weights, the first packs those of the recurrence, the last those of the input.
-      if (team.group == 0) Cell::template pack<Real>(p_.storage, p_.w_hh, p_.H, p_.P, units, r_);
+      if (team.group == 0) pack_recurrent(team);
       if (team.group == team.groups - 1) Cell::template pack<Real>(p_.storage, p_.w_ih, p_.H, p_.I, units, w_);
-      if (p_.w_hr && team.group == 0)
-        pack_transposed<Real>(p_.storage, p_.w_hr, p_.P, p_.H, {outs.begin, outs.end}, w_hr_);
     }
     if (team.groups > 1) barrier_.wait(threads);
     if (team.idle()) return;
@@ -112,15 +107,12 @@ class RecurrentForward {
                                            p_.B,
                                            p_.I,
                                            staged_ ? staged_ + thread * staged_stride_ : nullptr};
-    int64_t phase = 0;
-    for (int64_t first = 0; first < p_.T; first += chunk_) {
-      const int64_t last = first + chunk_ < p_.T ? first + chunk_ : p_.T;
-      const int64_t begin = p_.reverse ? clock_.time(last - 1) : first;  // in time
-      projection.stage(begin, begin + last - first, team, batch_);
-      const PanelRange panels = Cell::panels(units);
+    const PanelRange panels = Cell::panels(units);
+    const auto project_input = [&](int64_t begin, int64_t end) {
+      projection.stage(begin, end, team, batch_);
       for (int64_t i = 0; i < panels.count(); ++i) {
         const Panel panel = panels.at(i);
-        projection.sweep(begin, begin + last - first, team, batch_, [&](Product<Real> product, int rows, int64_t row) {
+        projection.sweep(begin, end, team, batch_, [&](Product<Real> product, int rows, int64_t row) {
           const int64_t column = panel.first * kLanes<Real>;
           product.panel = w_ + column * p_.I * Cell::kGates;
           product.chain = chain_for<Real>(p_.H);
@@ -130,8 +122,35 @@ class RecurrentForward {
           Cell::template run<Chains::kOne, Real>(rows, panel, op, product);
         });
       }
+    };
+    run_chunks(team, project_input, through);
+  }
+  Team team_of(int thread, int threads) const {
+    return Team(thread, threads, batch_.count(), vectors_ < out_vectors_ ? vectors_ : out_vectors_,
+                Cell::kGates * p_.H * p_.P * static_cast<int64_t>(sizeof(Real)), progress_, progress_stride_);
+  }
+  void pack_recurrent(const Team& team) const {
+    const Range units = team.slice(vectors_), outs = team.slice(out_vectors_);
+    Cell::template pack<Real>(p_.storage, p_.w_hh, p_.H, p_.P, units, r_);
+    if (p_.w_hr) pack_transposed<Real>(p_.storage, p_.w_hr, p_.P, p_.H, {outs.begin, outs.end}, w_hr_);
+  }
+  // Chunk by chunk the projection of the input at times [begin, end), and the steps.
+  template <typename Projection>
+  void run_chunks(const Team& team, const Projection& projection) const {
+    run_chunks(team, projection, [this](const Team& team, int64_t step, int64_t begin, int64_t& phase) {
+      cells(team, step, begin, phase);
+    });
+  }
+  template <typename Projection, typename Through>
+  void run_chunks(const Team& team, const Projection& projection, const Through& through) const {
+    const Range outs = team.slice(out_vectors_);
+    int64_t phase = 0;
+    for (int64_t first = 0; first < p_.T; first += chunk_) {
+      const int64_t last = first + chunk_ < p_.T ? first + chunk_ : p_.T;
+      const int64_t begin = p_.reverse ? clock_.time(last - 1) : first;  // in time
+      projection(begin, begin + last - first);
       for (int64_t step = first; step < last; ++step) {
-        through(team, panels, step, begin, phase);
+        through(team, step, begin, phase);
         if (p_.w_hr)
           team.sweep(phase++, {outs.begin, outs.end},
                      [&](const Panel& panel, int64_t tile) { project(step, panel, tile); });
@@ -139,6 +158,12 @@ class RecurrentForward {
     }
   }
 
+  void finish() const {
+    hidden_.finish(p_.h_n);
+    if (Cell::kHasC) store_rows<Real>(p_.storage, c_at(p_.T - 1), width_, p_.c_n, p_.H, p_.B, p_.H);
+  }
+
+ protected:
   // The gates of time t; without a tape the chunk that begins at time `begin` is all there is.
   Real* gates(int64_t t, int64_t begin) const {
     if (p_.gates) return static_cast<Real*>(p_.gates) + t * p_.B * gates_stride_;
@@ -148,18 +173,25 @@ class RecurrentForward {
     return p_.c && step >= 0 ? static_cast<Real*>(p_.c) + clock_.time(step) * p_.B * width_ : c_;
   }
 
+  void cells(const Team& team, int64_t step, int64_t begin, int64_t& phase) const {
+    team.sweep(phase++, Cell::panels(team.slice(vectors_)), [&](const Panel& panel, int64_t tile) {
+      const auto op = cell_op(step, begin, batch_.first(tile), panel.first * kLanes<Real>);
+      Cell::template run<Chains::kSide, Real>(batch_.height(tile), panel, op, recurrent(step, panel, tile));
+    });
+  }
   Product<Real> recurrent(int64_t step, const Panel& panel, int64_t tile) const {
     const int64_t row = batch_.first(tile), column = panel.first * kLanes<Real>, stride = hidden_.read_stride(step);
     const bool over = kFlags && all_padding(flags_ + clock_.time(step) * p_.B + row, batch_.height(tile));
     return {r_ + column * p_.P * Cell::kGates, over ? 0 : p_.P, hidden_.read(step) + row * stride, stride,
             chain_for<Real>(p_.H)};
   }
-  void cell(int64_t step, int64_t begin, const Panel& panel, int64_t tile) const {
-    const int64_t t = clock_.time(step), row = batch_.first(tile), column = panel.first * kLanes<Real>;
-    const Product<Real> product = recurrent(step, panel, tile);
+  // What becomes of the product for the tile at `row` and `column`.
+  auto cell_op(int64_t step, int64_t begin, int64_t row, int64_t column) const {
+    const int64_t t = clock_.time(step);
     Real* preactivation = gates(t, begin) + row * gates_stride_ + column;
     if constexpr (Cell::kHasC) {
       LstmCellOp<Real, kFlags> op{preactivation,
+                                  gates_stride_,
                                   p_.gates ? preactivation : nullptr,
                                   gates_stride_,
                                   width_,
@@ -172,11 +204,11 @@ class RecurrentForward {
                                   {}};
       if constexpr (kFlags == kWithOptions)
         op.extra = cell_options<Real>(*p_.options, p_.storage, peephole_, width_, t, p_.B, p_.H, row, column);
-      Cell::template run<Chains::kSide, Real>(batch_.height(tile), panel, op, product);
+      return op;
     } else {
-      const ElmanCellOp<Real, kFlags> op{p_.activation, preactivation, p_.gates ? preactivation : nullptr,
-                                         gates_stride_, hidden_.sink(step, row, column)};
-      Cell::template run<Chains::kSide, Real>(batch_.height(tile), panel, op, product);
+      return ElmanCellOp<Real, kFlags>{p_.activation, preactivation,
+                                       gates_stride_, p_.gates ? preactivation : nullptr,
+                                       gates_stride_, hidden_.sink(step, row, column)};
     }
   }
   void project(int64_t step, const Panel& panel, int64_t tile) const {
@@ -222,8 +254,16 @@ class RecurrentBackward {
   int threads() const { return threads_; }
 
   void place(Carver& carver) {
-    const int64_t B = p_.B, T = p_.T, n = kLanes<Real>, K = Cell::kGates * width_;
-    r_ = carver.take<Real>(K * out_vectors_ * n);
+    place_state(carver);
+    place_recurrent(carver);
+    if constexpr (kFlags == kWithOptions)
+      if (recomputes()) again_.place_weights(carver, threads_);
+    place_products(carver);
+  }
+  // All but the operands of products.
+  void place_state(Carver& carver) {
+    const int64_t B = p_.B, T = p_.T;
+    [[maybe_unused]] const int64_t K = Cell::kGates * width_;  // not where no gates are made again
     dc_ = Cell::kHasC ? carver.take<Real>(B * width_) : nullptr;
     c0_ = Cell::kHasC ? carver.take<Real>(B * width_) : nullptr;
     flags_ = kFlags == kWithOptions&& !p_.flags ? no_flags_ = carver.take<uint8_t>(T * B) : p_.flags;
@@ -273,17 +313,24 @@ class RecurrentBackward {
                   c0_,
                   peephole_,
                   p_.options,
-                  carver.take<Real>(K * p_.I),
-                  carver.take<Real>(K * p_.P),
-                  carver.take<Real>(K),
-                  carver.take<Real>(threads_ * again_.staged_numbers(p_.I, p_.H, p_.P))};
+                  carver.take<Real>(K)};
       }
     }
+    if (weights() && kFlags && p_.flags && !recomputes()) valid_ = carver.take<int32_t>(T * B);
+    if (weights() && p_.db) db_ = carver.take<Real>(batch_.count() * Cell::kGates * width_);
+    progress_stride_ = round_up(batch_.count(), 8);
+    progress_ = carver.take<int64_t>(threads_ * progress_stride_);
+  }
+  void place_recurrent(Carver& carver) {
+    r_ = carver.take<Real>(Cell::kGates * width_ * out_vectors_ * kLanes<Real>);
     if (p_.w_hr) {
       w_hr_ = carver.take<Real>(p_.P * width_);
-      dh_ = carver.take<Real>(chunk_ * B * dh_stride_);
-      unprojected_ = carver.take<Real>(chunk_ * B * width_);
+      dh_ = carver.take<Real>(chunk_ * p_.B * dh_stride_);
+      unprojected_ = carver.take<Real>(chunk_ * p_.B * width_);
     }
+  }
+  void place_products(Carver& carver) {
+    const int64_t n = kLanes<Real>, K = Cell::kGates * width_;
     if (p_.dx) {
       w_ = carver.take<Real>(K * round_up(p_.I, n));
       block_ = carver.take<Real>(threads_ * InputGradient<Real>::block_numbers());
@@ -297,11 +344,7 @@ class RecurrentBackward {
         sums_hh_ = carver.take<Real>(Cell::kGates * p_.H * p_.P);
         if (p_.w_hr) sums_hr_ = carver.take<Real>(p_.P * p_.H);
       }
-      if (kFlags && p_.flags && !recomputes()) valid_ = carver.take<int32_t>(T * B);
-      if (p_.db) db_ = carver.take<Real>(batch_.count() * K);
     }
-    progress_stride_ = round_up(batch_.count(), 8);
-    progress_ = carver.take<int64_t>(threads_ * progress_stride_);
   }
 
   void prepare() {
@@ -320,15 +363,65 @@ class RecurrentBackward {
   }
 
   void work(int thread, int threads) {
-    chunks(
+    const Team team = pack(thread, threads);
+    int64_t phase = 0;
+    run_chunks(
         thread, threads,
-        [&](const Chunk& chunk) {
+        [&]([[maybe_unused]] const Chunk& chunk) {
           if constexpr (kFlags == kWithOptions) again_.run(chunk, dgates_, gates_stride_, thread, threads);
         },
-        [&](const Team& team, const PanelRange& units, int64_t step, const Chunk& chunk, int64_t& phase) {
-          team.sweep(phase++, units, [&](const Panel& panel, int64_t tile) { cell(step, chunk, panel, tile); });
-        },
-        [&](const Chunk& chunk) { large_products(chunk, dgates_, thread, threads); });
+        [&](const Chunk& chunk) { through_time(team, chunk, phase); },
+        [&](const Chunk& chunk) { large_products(chunk, thread, threads); });
+  }
+  // This thread's share of the weights that any product reads, and its team.
+  Team pack(int thread, int threads) const {
+    const Team team = team_of(thread, threads);
+    pack_recurrent(team);
+    const PanelRange inputs{0, divide_up(p_.I, kLanes<Real>)};
+    if (p_.dx)
+      pack_plain<Real>(p_.storage, p_.w_ih, Cell::kGates, p_.H, width_, p_.I, inputs, split(width_, threads, thread),
+                       w_);
+    if constexpr (kFlags == kWithOptions)
+      if (recomputes()) again_.pack(p_.w_ih, p_.w_hh, thread, threads);
+    return team;
+  }
+  Team team_of(int thread, int threads) const {
+    return Team(thread, threads, batch_.count(), vectors_ < out_vectors_ ? vectors_ : out_vectors_,
+                Cell::kGates * p_.H * p_.P * static_cast<int64_t>(sizeof(Real)), progress_, progress_stride_);
+  }
+  void pack_recurrent(const Team& team) const {
+    if (!team.idle()) {
+      const Range outs = team.slice(out_vectors_), units = team.slice(vectors_);
+      pack_plain<Real>(p_.storage, p_.w_hh, Cell::kGates, p_.H, width_, p_.P, {outs.begin, outs.end},
+                       team.share({0, width_}), r_);
+      if (p_.w_hr)
+        pack_plain<Real>(p_.storage, p_.w_hr, 1, p_.P, p_.P, p_.H, {units.begin, units.end}, team.share({0, p_.P}),
+                         w_hr_);
+    }
+  }
+  // Calls, chunk by chunk and all threads together, what makes the gates again (where that is asked for), the reverse
+  // loop and the large products.
+  template <typename Again, typename Through, typename Large>
+  void run_chunks(int thread, int threads, const Again& again, const Through& through, const Large& large) {
+    barrier_.wait(threads);
+    for (int64_t last = p_.T; last > 0; last -= chunk_) {
+      const int64_t first = last > chunk_ ? last - chunk_ : 0;
+      const Chunk chunk{first, last, p_.reverse ? clock_.time(last - 1) : first};
+      if constexpr (kFlags == kWithOptions)
+        if (recomputes()) {
+          again(chunk);
+          barrier_.wait(threads);
+        }
+      through(chunk);
+      barrier_.wait(threads);
+      large(chunk);
+      if (kFlags == kWithOptions && first > 0) {
+        const Range rows = split(p_.B, threads, thread);
+        memcpy(edge_ + rows.begin * gates_stride_, dgates_at(first, chunk) + rows.begin * gates_stride_,
+               static_cast<size_t>((rows.end - rows.begin) * gates_stride_) * sizeof(Real));
+        barrier_.wait(threads);
+      }
+    }
   }
 
   void finish() const {
@@ -346,49 +439,6 @@ class RecurrentBackward {
   }
 
  protected:
-  // A thread's part of it all, chunk by chunk from the end. again(chunk) makes its share of the gates where the forward
-  // kept none; through(team, panels of units, step, chunk, phase) goes from dL/dh_t to the gates' gradients;
-  // products(chunk) makes its share of what follows from those.
-  template <typename Again, typename Through, typename Products>
-  void chunks(int thread, int threads, const Again& again, const Through& through, const Products& products) {
-    const Team team(thread, threads, batch_.count(), vectors_ < out_vectors_ ? vectors_ : out_vectors_,
-                    Cell::kGates * p_.H * p_.P * static_cast<int64_t>(sizeof(Real)), progress_, progress_stride_);
-    if (!team.idle()) {
-      const Range outs = team.slice(out_vectors_), units = team.slice(vectors_);
-      pack_plain<Real>(p_.storage, p_.w_hh, Cell::kGates, p_.H, width_, p_.P, {outs.begin, outs.end},
-                       team.share({0, width_}), r_);
-      if (p_.w_hr)
-        pack_plain<Real>(p_.storage, p_.w_hr, 1, p_.P, p_.P, p_.H, {units.begin, units.end}, team.share({0, p_.P}),
-                         w_hr_);
-    }
-    const PanelRange inputs{0, divide_up(p_.I, kLanes<Real>)};
-    if (p_.dx)
-      pack_plain<Real>(p_.storage, p_.w_ih, Cell::kGates, p_.H, width_, p_.I, inputs, split(width_, threads, thread),
-                       w_);
-    if constexpr (kFlags == kWithOptions)
-      if (recomputes()) again_.pack(p_.w_ih, p_.w_hh, thread, threads);
-    barrier_.wait(threads);
-    int64_t phase = 0;
-    for (int64_t last = p_.T; last > 0; last -= chunk_) {
-      const int64_t first = last > chunk_ ? last - chunk_ : 0;
-      const Chunk chunk{first, last, p_.reverse ? clock_.time(last - 1) : first};
-      if constexpr (kFlags == kWithOptions)
-        if (recomputes()) {
-          again(chunk);
-          barrier_.wait(threads);
-        }
-      if (!team.idle()) through_time(team, chunk, phase, through);
-      barrier_.wait(threads);
-      products(chunk);
-      if (kFlags == kWithOptions && first > 0) {
-        const Range rows = split(p_.B, threads, thread);
-        memcpy(edge_ + rows.begin * gates_stride_, dgates_at(first, chunk) + rows.begin * gates_stride_,
-               static_cast<size_t>((rows.end - rows.begin) * gates_stride_) * sizeof(Real));
-        barrier_.wait(threads);
-      }
-    }
-  }
-
   bool weights() const { return p_.dw_hh != nullptr; }
   PreviousHidden<kFlags> previous_hidden(int64_t begin) const {
     return {p_.storage, clock_, p_.B, p_.P, flags_, p_.y, p_.h0, p_.options, begin};
@@ -443,22 +493,32 @@ class RecurrentBackward {
   }
 
   // The gradients of the input and the weights from a chunk, added to those of the chunks before.
-  void large_products(const Chunk& chunk, const Real* dgates, int thread, int threads) {
-    const GateGradients<Real> d = gate_gradients(dgates, chunk);
+  void large_products(const Chunk& chunk, int thread, int threads) {
+    const GateGradients<Real> d = gate_gradients(dgates_, chunk);
     if (p_.dx) input_gradient(d, chunk, thread, threads);
     if (!weights()) return;
     weight_gradient(d, chunk).run(panels_, packed(thread), thread, threads, barrier_, x_source(chunk), h_source(chunk));
     if (p_.w_hr) projection_gradient(chunk, thread, threads);
   }
 
+  void through_time(const Team& team, const Chunk& chunk, int64_t& phase) const {
+    through_time(team, chunk, phase, [this](const Team& team, int64_t step, const Chunk& chunk, int64_t& phase) {
+      const Range units = team.slice(vectors_);
+      team.sweep(phase++, {units.begin, units.end},
+                 [&](const Panel& panel, int64_t tile) { cell(step, chunk, panel, tile); });
+    });
+  }
+  // through(team, step, chunk, phase) goes from dL/dh_t, or with a projection from what came before it, to the gates'
+  // gradients.
   template <typename Through>
   void through_time(const Team& team, const Chunk& chunk, int64_t& phase, const Through& through) const {
-    const Range outs = team.slice(out_vectors_), units = team.slice(vectors_);
+    if (team.idle()) return;
+    const Range outs = team.slice(out_vectors_);
     for (int64_t step = chunk.last - 1; step >= chunk.first; --step) {
       if (p_.w_hr)
         team.sweep(phase++, {outs.begin, outs.end},
                    [&](const Panel& panel, int64_t tile) { hidden(step, chunk, panel, tile); });
-      through(team, PanelRange{units.begin, units.end}, step, chunk, phase);
+      through(team, step, chunk, phase);
     }
     if (chunk.first > 0) return;
     const bool of_options = kFlags == kWithOptions && (p_.options->dh_mask || p_.options->dh_reset);
@@ -493,10 +553,20 @@ class RecurrentBackward {
                                                   recurrent(step, chunk, panel, tile));
   }
   void cell(int64_t step, const Chunk& chunk, const Panel& panel, int64_t tile) const {
-    const int64_t t = clock_.time(step), row = batch_.first(tile), column = panel.first * kLanes<Real>;
+    const int64_t row = batch_.first(tile), column = panel.first * kLanes<Real>;
+    const Product<Real> product =
+        Cell::kHasC && p_.w_hr
+            ? Product<Real>{w_hr_ + column * p_.P, p_.P, dh_ + (in_chunk(step, chunk) + row) * dh_stride_, dh_stride_}
+            : recurrent(step, chunk, panel, tile);
+    run_tile<Chains::kSide, ALayout::kRows, Real>(batch_.height(tile), panel.vectors,
+                                                  cell_op(step, chunk, tile, row, column), product);
+  }
+  // What becomes of the product for the rows of a tile, which begin at `row`, and the columns from `column` on.
+  auto cell_op(int64_t step, const Chunk& chunk, int64_t tile, int64_t row, int64_t column) const {
     const int64_t gate = row * gates_stride_ + column, rows = in_chunk(step, chunk);
     Real* db = db_ ? db_ + tile * Cell::kGates * width_ + column : nullptr;
     if constexpr (Cell::kHasC) {
+      const int64_t t = clock_.time(step);
       const uint8_t* flags = kFlags ? flags_ + t * p_.B + row : nullptr;
       const int64_t cell = row * width_ + column;
       const bool projected = p_.w_hr != nullptr;
@@ -514,30 +584,24 @@ class RecurrentBackward {
                                       projected ? unprojected_ + rows * width_ + cell : nullptr,
                                       flags,
                                       {}};
-      if constexpr (kFlags == kWithOptions) {
-        op.extra = cell_grad_options(t, row, column);
-        op.extra.dpeephole = dpeephole_ ? dpeephole_ + tile * 3 * width_ + column : nullptr;
-      }
-      run_tile<Chains::kSide, ALayout::kRows, Real>(
-          batch_.height(tile), panel.vectors, op,
-          projected ? Product<Real>{w_hr_ + column * p_.P, p_.P, dh_ + (rows + row) * dh_stride_, dh_stride_}
-                    : recurrent(step, chunk, panel, tile));
+      if constexpr (kFlags == kWithOptions) op.extra = cell_grad_options(t, tile, row, column);
+      return op;
     } else {
-      const ElmanGradOp<Real, kFlags> op{hidden_.source(step, row, column), gates_ + rows * gates_stride_ + gate,
-                                         dgates_at(step, chunk) + gate, gates_stride_, db};
-      run_tile<Chains::kSide, ALayout::kRows, Real>(batch_.height(tile), panel.vectors, op,
-                                                    recurrent(step, chunk, panel, tile));
+      return ElmanGradOp<Real, kFlags>{hidden_.source(step, row, column), gates_ + rows * gates_stride_ + gate,
+                                       dgates_at(step, chunk) + gate, gates_stride_, db};
     }
   }
   void initial(const Chunk& chunk, const Panel& panel, int64_t tile) const {
-    const int64_t row = batch_.first(tile), column = panel.first * kLanes<Real>;
-    const InitialHiddenGradOp<Real, kFlags> op{hidden_.source(-1, row, column), p_.storage,
-                                               p_.dh0 ? at(p_.dh0, p_.storage, row * p_.P + column) : nullptr, p_.P};
-    run_tile<Chains::kSide, ALayout::kRows, Real>(batch_.height(tile), panel.vectors, op,
+    run_tile<Chains::kSide, ALayout::kRows, Real>(batch_.height(tile), panel.vectors,
+                                                  initial_op(batch_.first(tile), panel.first * kLanes<Real>),
                                                   recurrent(-1, chunk, panel, tile));
   }
+  auto initial_op(int64_t row, int64_t column) const {
+    return InitialHiddenGradOp<Real, kFlags>{hidden_.source(-1, row, column), p_.storage,
+                                             p_.dh0 ? at(p_.dh0, p_.storage, row * p_.P + column) : nullptr, p_.P};
+  }
 
-  CellGradOptions<Real> cell_grad_options(int64_t t, int64_t row, int64_t column) const {
+  CellGradOptions<Real> cell_grad_options(int64_t t, int64_t tile, int64_t row, int64_t column) const {
     const LayerOptions& options = *p_.options;
     const int64_t first = t * p_.B + row;
     CellGradOptions<Real> extra;
@@ -546,7 +610,7 @@ class RecurrentBackward {
     extra.grad_c = options.grad_c ? static_cast<const Real*>(options.grad_c) + first * width_ + column : nullptr;
     extra.grad_gates =
         options.grad_gates ? static_cast<const Real*>(options.grad_gates) + first * gates_stride_ + column : nullptr;
-    extra.dpeephole = nullptr;
+    extra.dpeephole = dpeephole_ ? dpeephole_ + tile * 3 * width_ + column : nullptr;
     extra.dreset = dc_reset_ ? dc_reset_ + row * width_ + column : nullptr;
     extra.dreset_step = options.dc_reset && options.c_reset_per_step
                             ? at(options.dc_reset, p_.storage, first * p_.H + column)

@@ -14,19 +14,20 @@ template <typename Real, Flags kFlags>
 struct ElmanCellOp {
   Activation activation;
   const Real* preactivation;
-  Real* slopes;  // or null: no tape is kept
+  int64_t preactivation_stride;  // 0: the bias alone
+  Real* slopes;                  // or null: no tape is kept
   int64_t stride;
   typename HiddenState<Real, kFlags>::Sink sink;
 
   template <int kRows, int kVectors>
-  FASTSEQ_INLINE void finish(const Vec<Real> (&acc)[kRows][kVectors]) const {
+  FASTSEQ_INLINE void finish(const Vec<Real> (&acc)[kRows][kVectors], int first = 0) const {
     FASTSEQ_UNROLL
     for (int r = 0; r < kRows; ++r) FASTSEQ_UNROLL
     for (int v = 0; v < kVectors; ++v) {
       if constexpr (kFlags == kWithOptions)
-        vector_apart(r, v, acc[r][v]);
+        vector_apart(first + r, v, acc[r][v]);
       else
-        vector(r, v, acc[r][v]);
+        vector(first + r, v, acc[r][v]);
     }
   }
 
@@ -34,10 +35,11 @@ struct ElmanCellOp {
   // Out of line where it is long, or it would be copied into every tile for each of its vectors.
   __attribute__((noinline)) void vector_apart(int r, int v, Vec<Real> product) const { vector(r, v, product); }
   FASTSEQ_INLINE void vector(int r, int v, Vec<Real> product) const {
-    const int64_t at = r * stride + v * kLanes<Real>;
+    const int64_t column = v * kLanes<Real>;
     Vec<Real> slope;
-    sink.put(r, v, activate<Real>(activation, product + load(preactivation + at), &slope));
-    if (slopes) store(slopes + at, slope);
+    sink.put(r, v,
+             activate<Real>(activation, product + load(preactivation + r * preactivation_stride + column), &slope));
+    if (slopes) store(slopes + r * stride + column, slope);
   }
 };
 
@@ -45,22 +47,24 @@ struct ElmanCellOp {
 template <typename Real>
 struct ElmanSlopesOp {
   Activation activation;
-  Real* slopes;  // in: the projected input; out: f'(a)
+  const Real* preactivation;  // may be `slopes` itself
+  int64_t preactivation_stride;
+  Real* slopes;
   int64_t stride;
 
   template <int kRows, int kVectors>
-  FASTSEQ_INLINE void finish(const Vec<Real> (&acc)[kRows][kVectors]) const {
+  FASTSEQ_INLINE void finish(const Vec<Real> (&acc)[kRows][kVectors], int first = 0) const {
     FASTSEQ_UNROLL
     for (int r = 0; r < kRows; ++r) FASTSEQ_UNROLL
-    for (int v = 0; v < kVectors; ++v) vector(r, v, acc[r][v]);
+    for (int v = 0; v < kVectors; ++v) vector(first + r, v, acc[r][v]);
   }
 
  private:
   __attribute__((noinline)) void vector(int r, int v, Vec<Real> product) const {
-    Real* at = slopes + r * stride + v * kLanes<Real>;
+    const int64_t column = v * kLanes<Real>;
     Vec<Real> slope;
-    activate<Real>(activation, product + load(at), &slope);
-    store(at, slope);
+    activate<Real>(activation, product + load(preactivation + r * preactivation_stride + column), &slope);
+    store(slopes + r * stride + column, slope);
   }
 };
 
@@ -73,15 +77,15 @@ struct ElmanGradOp {
   Real* db;  // this batch tile's sums, or null
 
   template <int kRows, int kVectors>
-  FASTSEQ_INLINE void finish(const Vec<Real> (&acc)[kRows][kVectors]) const {
+  FASTSEQ_INLINE void finish(const Vec<Real> (&acc)[kRows][kVectors], int first = 0) const {
     FASTSEQ_UNROLL
     for (int v = 0; v < kVectors; ++v) {
       Vec<Real> sum = zero<Real>();
       FASTSEQ_UNROLL
       for (int r = 0; r < kRows; ++r) {
         // On padding the source gives zero, and with it this step's gradient is zero.
-        const int64_t at = r * stride + v * kLanes<Real>;
-        const Vec<Real> gradient = source.at_step_of_tile(r, v, acc[r][v]) * load(slopes + at);
+        const int64_t at = (first + r) * stride + v * kLanes<Real>;
+        const Vec<Real> gradient = source.at_step_of_tile(first + r, v, acc[r][v]) * load(slopes + at);
         store(dgates + at, gradient);
         sum = sum + gradient;
       }

@@ -54,6 +54,16 @@ bool may_use_tiles() {
 }  // namespace
 #endif
 
+#if defined(__x86_64__)
+namespace {
+// For fewer rows tiles take as long as for sixteen, and terms are half as many bytes again as float32.
+std::atomic<int64_t> least_split_rows{12};
+}  // namespace
+
+int64_t split_rows() { return least_split_rows.load(std::memory_order_relaxed); }
+void set_split_rows(int64_t rows) { least_split_rows.store(rows, std::memory_order_relaxed); }
+#endif
+
 std::vector<const KernelTable*> runnable_kernels() {
   std::vector<const KernelTable*> found;
 #if defined(__x86_64__)

@@ -160,6 +160,7 @@ class Step {
       const Real* before = c_ ? c_ : static_cast<const Real*>(p_.c);
       Real* now = c_ ? c_ : static_cast<Real*>(p_.c_n);
       const LstmCellOp<Real, kNoFlags> op{gates,
+                                          stride,
                                           nullptr,
                                           stride,
                                           n,
@@ -172,7 +173,8 @@ class Step {
                                           {}};
       Cell::template run<Chains::kSide, Real>(rows, panel, op, product);
     } else {
-      const ElmanCellOp<Real, kNoFlags> op{p_.shape.activation, gates, nullptr, stride, sink(layer, row, column)};
+      const ElmanCellOp<Real, kNoFlags> op{p_.shape.activation,     gates, stride, nullptr, stride,
+                                           sink(layer, row, column)};
       Cell::template run<Chains::kSide, Real>(rows, panel, op, product);
     }
   }

@@ -69,11 +69,11 @@ struct Team {
 
   // unit_vectors: the fewest hidden vectors that any phase shares among the members.
   Team(int thread_, int threads_, int64_t batch_tiles, int64_t unit_vectors, int64_t weight_bytes, int64_t* progress_,
-       int64_t stride_)
+       int64_t stride_, int64_t resident_bytes = kResidentBytes)
       : thread(thread_), threads(threads_), progress(progress_), stride(stride_) {
     members = 1;
     while (members < threads &&
-           (weight_bytes / members > kResidentBytes || batch_tiles < threads / members || threads % members != 0))
+           (weight_bytes / members > resident_bytes || batch_tiles < threads / members || threads % members != 0))
       ++members;
     if (members > unit_vectors) members = static_cast<int>(unit_vectors);
     groups = threads / members;

@@ -23,6 +23,7 @@ __all__ = [
     "student_t",
     "target_distribution",
     "use_isa",
+    "use_split_rows",
     "why_unavailable",
 ]
 
@@ -62,3 +63,20 @@ def use_isa(name: str) -> Iterator[None]:
         yield
     finally:
         _cpu.use_isa(before)
+
+
+@contextlib.contextmanager
+def use_split_rows(rows: int) -> Iterator[None]:
+    """From a batch of ``rows`` on, let the instruction set amx make the products of a float32 step of bfloat16 terms.
+
+    For tests: with 1 small cases reach those kernels too. It has no effect on other instruction sets and dtypes.
+    """
+    if _cpu is None or not hasattr(_cpu, "set_split_rows"):  # another architecture
+        yield
+        return
+    before = _cpu.split_rows()
+    _cpu.set_split_rows(rows)
+    try:
+        yield
+    finally:
+        _cpu.set_split_rows(before)
