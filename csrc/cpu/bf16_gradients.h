@@ -192,28 +192,46 @@ class BF16WeightGradient {
   void multiply(BF16Unit<Number>& unit, const char* columns, int64_t all, int64_t chunks, Range mine,
                 const BFloat16* packed, float* sums, int64_t stride, bool add) const {
     const RowBlocks blocks(all);
+    // Sums of sums: a chain over all rows would round too often for float32. The last product's are added while the
+    // next is made.
+    const bool apart = add && kCount > 1;
+    alignas(64) float parts[2][apart_numbers()];
+    Part last{};
+    int64_t n = 0;
     for (int64_t first = mine.begin; first < mine.end; first += kResidentVectors) {
-      const int64_t last = first + kResidentVectors < mine.end ? first + kResidentVectors : mine.end;
-      for (int64_t i = 0; i < blocks.count(); ++i) {
-        const LeftOperand left = dense_left<Number>(columns + blocks.first(i) * kColumnBytes, kColumnBytes, chunks);
-        for (int64_t v = first; v < last; v += 4) {
-          const int count = static_cast<int>(last - v < 4 ? last - v : 4);
+      const int64_t end = first + kResidentVectors < mine.end ? first + kResidentVectors : mine.end;
+      for (int64_t i = 0; i < blocks.count(); ++i)
+        for (int64_t v = first; v < end; v += 4, ++n) {
+          const int count = static_cast<int>(end - v < 4 ? end - v : 4);
           float* to = sums + blocks.first(i) * stride + v * kTileColumns;
-          const BFloat16* panel = packed + (v - mine.begin) * kVectorNumbers;
-          if (kCount == 1 || !add) {
-            const Sums c{to, stride, kTileColumns};
-            fastseq::multiply(unit, blocks.height(i), count, left, panel, kVectorNumbers, add ? c : Sums{}, c);
-          } else {
-            // Sums of sums: a chain over all rows would round too often for float32.
-            alignas(64) float part[kBlockHeight * kSumsStride];
-            fastseq::multiply(unit, blocks.height(i), count, left, panel, kVectorNumbers, {},
-                              {part, kSumsStride, kTileColumns});
-            for (int r = 0; r < blocks.height(i); ++r, to += stride)
-              for (int n = 0; n < count; ++n)
-                store(to + n * kTileColumns, load(to + n * kTileColumns) + sum_at(part, r, n));
-          }
+          const Sums c{to, stride, kTileColumns};
+          unit.begin({blocks.height(i),
+                      count,
+                      1,
+                      {dense_left<Number>(columns + blocks.first(i) * kColumnBytes, kColumnBytes, chunks), {}},
+                      {packed + (v - mine.begin) * kVectorNumbers, nullptr},
+                      {kVectorNumbers, 0},
+                      add && !apart ? c : Sums{},
+                      apart ? Sums{parts[n % 2], kSumsStride, kTileColumns} : c});
+          if (last.rows > 0) add_part(last, stride, unit);
+          unit.finish();
+          if (apart) last = {parts[n % 2], to, blocks.height(i), count};
         }
-      }
+    }
+    if (last.rows > 0) add_part(last, stride, unit);
+  }
+  struct Part {
+    const float* from;
+    float* to;
+    int rows, vectors;
+  };
+  static constexpr int64_t apart_numbers() { return kCount > 1 ? kBlockHeight * kSumsStride : 1; }
+  static void add_part(const Part& part, int64_t stride, BF16Unit<Number>& unit) {
+    Pace<Number> pace(unit, part.rows);
+    for (int r = 0; r < part.rows; ++r) {
+      float* to = part.to + r * stride;
+      for (int v = 0; v < part.vectors; ++v, to += kTileColumns) store(to, load(to) + sum_at(part.from, r, v));
+      pace.next();
     }
   }
 

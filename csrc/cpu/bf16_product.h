@@ -474,6 +474,7 @@ class BF16Unit {
       multiply(p.rows, p.vectors, p.left[i], p.panel[i], p.vector_numbers[i], i == 0 ? p.init : p.out, p.out);
   }
   int64_t steps_in(int64_t) const { return 0; }
+  int64_t steps() const { return 0; }
   void advance(int64_t) const {}
   void finish() const {}
 
@@ -549,6 +550,23 @@ class BF16Unit {
 };
 
 #endif
+
+// Calls advance a product by even parts of its steps.
+template <typename Number>
+class Pace {
+ public:
+  Pace(BF16Unit<Number>& unit, int calls)
+      : unit_(unit), rate_((static_cast<uint64_t>(unit.steps()) << 16) / static_cast<uint64_t>(calls)) {}
+  FASTSEQ_INLINE void next() {
+    due_ += rate_;
+    unit_.advance(static_cast<int64_t>(due_ >> 16));
+    due_ &= 0xffff;
+  }
+
+ private:
+  BF16Unit<Number>& unit_;
+  uint64_t rate_, due_ = 0;
+};
 
 // The product of one left operand, at once.
 template <typename Number>

@@ -332,11 +332,11 @@ struct HiddenGradOp {
   Real* dh;
   int64_t dh_stride;
   template <int kRows, int kVectors>
-  FASTSEQ_INLINE void finish(const Vec<Real> (&acc)[kRows][kVectors]) const {
+  FASTSEQ_INLINE void finish(const Vec<Real> (&acc)[kRows][kVectors], int first = 0) const {
     FASTSEQ_UNROLL
     for (int r = 0; r < kRows; ++r) FASTSEQ_UNROLL
     for (int v = 0; v < kVectors; ++v)
-      store(dh + r * dh_stride + v * kLanes<Real>, source.at_step_of_tile(r, v, acc[r][v]));
+      store(dh + (first + r) * dh_stride + v * kLanes<Real>, source.at_step_of_tile(first + r, v, acc[r][v]));
   }
 };
 
@@ -367,14 +367,14 @@ struct ProjectedHiddenOp {
   typename HiddenState<Real, kFlags>::Sink sink;
 
   template <int kRows, int kVectors>
-  FASTSEQ_INLINE void finish(const Vec<Real> (&acc)[kRows][kVectors]) const {
+  FASTSEQ_INLINE void finish(const Vec<Real> (&acc)[kRows][kVectors], int first = 0) const {
     FASTSEQ_UNROLL
     for (int r = 0; r < kRows; ++r) FASTSEQ_UNROLL
     for (int v = 0; v < kVectors; ++v) {
       if constexpr (kFlags == kWithOptions)
-        sink.put_apart(r, v, acc[r][v]);
+        sink.put_apart(first + r, v, acc[r][v]);
       else
-        sink.put(r, v, acc[r][v]);
+        sink.put(first + r, v, acc[r][v]);
     }
   }
 };

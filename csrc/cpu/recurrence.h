@@ -323,8 +323,11 @@ class RecurrentBackward {
   }
   void place_recurrent(Carver& carver) {
     r_ = carver.take<Real>(Cell::kGates * width_ * out_vectors_ * kLanes<Real>);
+    if (p_.w_hr) w_hr_ = carver.take<Real>(p_.P * width_);
+    place_projected(carver);
+  }
+  void place_projected(Carver& carver) {
     if (p_.w_hr) {
-      w_hr_ = carver.take<Real>(p_.P * width_);
       dh_ = carver.take<Real>(chunk_ * p_.B * dh_stride_);
       unprojected_ = carver.take<Real>(chunk_ * p_.B * width_);
     }
@@ -546,11 +549,13 @@ class RecurrentBackward {
   }
 
   void hidden(int64_t step, const Chunk& chunk, const Panel& panel, int64_t tile) const {
-    const int64_t row = batch_.first(tile), column = panel.first * kLanes<Real>;
-    const HiddenGradOp<Real, kFlags> op{hidden_.source(step, row, column),
-                                        dh_ + (in_chunk(step, chunk) + row) * dh_stride_ + column, dh_stride_};
-    run_tile<Chains::kSide, ALayout::kRows, Real>(batch_.height(tile), panel.vectors, op,
-                                                  recurrent(step, chunk, panel, tile));
+    run_tile<Chains::kSide, ALayout::kRows, Real>(
+        batch_.height(tile), panel.vectors, hidden_op(step, chunk, batch_.first(tile), panel.first * kLanes<Real>),
+        recurrent(step, chunk, panel, tile));
+  }
+  auto hidden_op(int64_t step, const Chunk& chunk, int64_t row, int64_t column) const {
+    return HiddenGradOp<Real, kFlags>{hidden_.source(step, row, column),
+                                      dh_ + (in_chunk(step, chunk) + row) * dh_stride_ + column, dh_stride_};
   }
   void cell(int64_t step, const Chunk& chunk, const Panel& panel, int64_t tile) const {
     const int64_t row = batch_.first(tile), column = panel.first * kLanes<Real>;

@@ -11,26 +11,10 @@
 namespace fastseq {
 namespace {
 
-// Calls advance a product by even parts of its steps.
-class Pace {
- public:
-  Pace(BF16Unit<float>& unit, int calls)
-      : unit_(unit), rate_((static_cast<uint64_t>(unit.steps()) << 16) / static_cast<uint64_t>(calls)) {}
-  FASTSEQ_INLINE void next() {
-    due_ += rate_;
-    unit_.advance(static_cast<int64_t>(due_ >> 16));
-    due_ &= 0xffff;
-  }
-
- private:
-  BF16Unit<float>& unit_;
-  uint64_t rate_, due_ = 0;
-};
-
 // An Op on the rows of a block, whose sums lie in memory; after(row) follows some rows behind, when what the Op stored
 // there can be loaded again without a wait.
 template <int kVectors, typename Op, typename After>
-FASTSEQ_INLINE void finish_rows_of(const Op& op, int rows, const float* sums, Pace& pace, const After& after) {
+FASTSEQ_INLINE void finish_rows_of(const Op& op, int rows, const float* sums, Pace<float>& pace, const After& after) {
   constexpr int kBehind = 4;
   for (int r = 0; r < rows; ++r) {
     pace.next();
@@ -45,7 +29,7 @@ FASTSEQ_INLINE void finish_rows_of(const Op& op, int rows, const float* sums, Pa
 template <bool kCellOfFour, typename Op, typename After>
 FASTSEQ_INLINE void finish_rows(const Op& op, int rows, int vectors, const float* sums, BF16Unit<float>& unit,
                                 const After& after) {
-  Pace pace(unit, rows);
+  Pace<float> pace(unit, rows);
   if constexpr (kCellOfFour) {
     finish_rows_of<4>(op, rows, sums, pace, after);
   } else {
@@ -116,17 +100,20 @@ template <typename Cell, Flags kFlags>
 class SplitForward : public RecurrentForward<Cell, float, kFlags> {
   using Base = RecurrentForward<Cell, float, kFlags>;
   using Base::hidden_, Base::flags_, Base::bias_, Base::progress_, Base::progress_stride_, Base::barrier_;
+  using Base::out_vectors_, Base::unprojected_;
   using Base::p_, Base::clock_, Base::width_, Base::gates_stride_, Base::vectors_, Base::chunk_, Base::threads_;
 
  public:
   explicit SplitForward(const ForwardParams& p)
       : Base(p),
         in_tiles_(p.B >= split_rows()),
-        blocks_(batch_blocks(p.B, weight_bytes(p, Cell::kGates, p.I + p.H))),
-        h_stride_(row_numbers<float>(p.H)),
+        blocks_(batch_blocks(p.B, weight_bytes(p, Cell::kGates, p.I + p.P))),
+        h_stride_(row_numbers<float>(p.P)),
         x_stride_(row_numbers<float>(p.I)),
+        u_stride_(row_numbers<float>(p.H)),
         w_numbers_(vector_numbers<float>(p.I)),
-        r_numbers_(vector_numbers<float>(p.H)) {}
+        r_numbers_(vector_numbers<float>(p.P)),
+        w_hr_numbers_(vector_numbers<float>(p.H)) {}
 
   void place(Carver& carver) {
     Base::place_state(carver);
@@ -134,6 +121,10 @@ class SplitForward : public RecurrentForward<Cell, float, kFlags> {
     if (in_tiles_) {
       r_ = carver.take<BFloat16>(Cell::kGates * vectors_ * r_numbers_);
       for (BFloat16*& h : h_) h = carver.take<BFloat16>(p_.B * h_stride_);
+      if (p_.w_hr) {
+        w_hr_ = carver.take<BFloat16>(out_vectors_ * w_hr_numbers_);
+        u_ = carver.take<BFloat16>(p_.B * u_stride_);
+      }
     } else {
       Base::place_recurrent(carver);
     }
@@ -143,8 +134,9 @@ class SplitForward : public RecurrentForward<Cell, float, kFlags> {
   void prepare() {
     Base::prepare();
     if (!in_tiles_) return;
-    copy_rows(hidden_.read(0), hidden_.read_stride(0), h_[0], h_stride_, p_.B, p_.H);
+    copy_rows(hidden_.read(0), hidden_.read_stride(0), h_[0], h_stride_, p_.B, p_.P);
     memset(h_[1], 0, static_cast<size_t>(p_.B * h_stride_) * sizeof(BFloat16));
+    if (u_) memset(u_, 0, static_cast<size_t>(p_.B * u_stride_) * sizeof(BFloat16));
   }
 
   void work(int thread, int threads) {
@@ -171,13 +163,14 @@ class SplitForward : public RecurrentForward<Cell, float, kFlags> {
   }
 
   void steps_in_tiles(int thread, int threads) {
-    const int64_t bytes = weight_bytes(p_, Cell::kGates, p_.I + p_.H);
-    const Team team(thread, threads, blocks_.count(), vectors_, bytes, progress_, progress_stride_,
-                    kSplitResidentBytes);
-    const Range units = team.slice(vectors_);
+    const int64_t bytes = weight_bytes(p_, Cell::kGates, p_.I + p_.P);
+    const Team team(thread, threads, blocks_.count(), vectors_ < out_vectors_ ? vectors_ : out_vectors_, bytes,
+                    progress_, progress_stride_, kSplitResidentBytes);
+    const Range units = team.slice(vectors_), outs = team.slice(out_vectors_);
     if (!team.idle()) {
       // Where groups read the same weights, the first packs those of the recurrence, the last those of the input.
-      if (team.group == 0) pack_units<Cell>(p_.w_hh, p_.H, p_.H, units, r_);
+      if (team.group == 0) pack_units<Cell>(p_.w_hh, p_.H, p_.P, units, r_);
+      if (team.group == 0 && p_.w_hr) pack_units<ElmanCell>(p_.w_hr, p_.P, p_.H, outs, w_hr_);
       if (team.group == team.groups - 1) pack_units<Cell>(p_.w_ih, p_.H, p_.I, units, w_);
     }
     if (team.groups > 1) barrier_.wait(threads);
@@ -199,7 +192,7 @@ class SplitForward : public RecurrentForward<Cell, float, kFlags> {
         ++phase;
         for (int64_t block = team.tiles.begin; block < team.tiles.end; ++block) team.publish(block, phase);
       }
-      for (int64_t step = first; step < last; ++step)
+      for (int64_t step = first; step < last; ++step) {
         sweep_pipelined(
             unit, team, phase++, panels, sums,
             [&](const Panel& panel, int64_t block, float* to) {
@@ -208,6 +201,17 @@ class SplitForward : public RecurrentForward<Cell, float, kFlags> {
             [&](const Panel& panel, int64_t block, const float* from) {
               cell(unit, joined, from, step, begin, panel, block);
             });
+        if (p_.w_hr)
+          sweep_pipelined(
+              unit, team, phase++, {outs.begin, outs.end}, sums,
+              [&](const Panel& panel, int64_t block, float* to) { begin_projection(unit, step, panel, block, to); },
+              [&](const Panel& panel, int64_t block, const float* from) {
+                const int64_t row = blocks_.first(block), column = panel.first * kTileColumns;
+                const ProjectedHiddenOp<float, kFlags> op{hidden_.sink(step, row, column)};
+                finish_rows<false>(op, blocks_.height(block), panel.vectors, from, unit,
+                                   [&](int r) { split_hidden(step, row + r, panel); });
+              });
+      }
     }
   }
 
@@ -248,17 +252,13 @@ class SplitForward : public RecurrentForward<Cell, float, kFlags> {
   void begin_product(BF16Unit<float>& unit, bool joined, int64_t step, int64_t begin, const Panel& panel, int64_t block,
                      float* sums) const {
     const int64_t row = blocks_.first(block);
-    int rows = blocks_.height(block);
-    if (kFlags) {
-      rows = rows_to_multiply(flags_ + clock_.time(step) * p_.B + row, rows);
-      if (rows < blocks_.height(block)) clear_sums(sums);
-      if (rows == 0) return;
-    }
+    const int rows = rows_of(step, block, sums);
+    if (rows == 0) return;
     const BFloat16* x = staged_ + ((clock_.time(step) - begin) * p_.B + row) * x_stride_;
     unit.begin({rows,
                 static_cast<int>(panel.vectors * Cell::kGates),
                 joined && p_.I > 0 ? 2 : 1,
-                {dense_left<float>(h_[step % 2] + row * h_stride_, h_stride_ * 2, chunks_of(p_.H)),
+                {dense_left<float>(h_[step % 2] + row * h_stride_, h_stride_ * 2, chunks_of(p_.P)),
                  dense_left<float>(x, x_stride_ * 2, chunks_of(p_.I))},
                 {r_ + panel.first * Cell::kGates * r_numbers_, w_ + panel.first * Cell::kGates * w_numbers_},
                 {r_numbers_, w_numbers_},
@@ -271,22 +271,48 @@ class SplitForward : public RecurrentForward<Cell, float, kFlags> {
     const int64_t row = blocks_.first(block), column = panel.first * kTileColumns;
     auto op = Base::cell_op(step, begin, row, column);
     if (joined) op.preactivation = bias_ + column, op.preactivation_stride = 0;
-    const bool is_last = step + 1 == p_.T;
-    const int64_t stride = hidden_.read_stride(step + 1);
-    const float* h = hidden_.read(step + 1) + row * stride + column;
-    BFloat16* next = h_[(step + 1) % 2] + row * h_stride_;
     finish_rows<Cell::kHasC>(op, blocks_.height(block), panel.vectors, sums, unit, [&](int r) {
-      if (is_last) return;
-      store_vectors(next + r * h_stride_, panel.first, panel.vectors, [&](int v) {
-        return load_numbers(h + r * stride + v * kTileColumns, mask_part(p_.H - column - v * kTileColumns));
-      });
+      if (!p_.w_hr) return split_hidden(step, row + r, panel);
+      const float* from = unprojected_ + (row + r) * width_ + column;
+      store_vectors(u_ + (row + r) * u_stride_, panel.first, panel.vectors,
+                    [&](int v) { return load(from + v * kTileColumns); });
     });
+  }
+  // The terms of h_t for the next step to read.
+  FASTSEQ_INLINE void split_hidden(int64_t step, int64_t row, const Panel& panel) const {
+    if (step + 1 == p_.T) return;
+    const int64_t column = panel.first * kTileColumns;
+    const float* h = hidden_.read(step + 1) + row * hidden_.read_stride(step + 1) + column;
+    store_vectors(h_[(step + 1) % 2] + row * h_stride_, panel.first, panel.vectors, [&](int v) {
+      return load_numbers(h + v * kTileColumns, mask_part(p_.P - column - v * kTileColumns));
+    });
+  }
+  // o tanh(c) W_hr^T for a block.
+  void begin_projection(BF16Unit<float>& unit, int64_t step, const Panel& panel, int64_t block, float* sums) const {
+    const int rows = rows_of(step, block, sums);
+    if (rows == 0) return;
+    unit.begin({rows,
+                panel.vectors,
+                1,
+                {dense_left<float>(u_ + blocks_.first(block) * u_stride_, u_stride_ * 2, chunks_of(p_.H)), {}},
+                {w_hr_ + panel.first * w_hr_numbers_, nullptr},
+                {w_hr_numbers_, 0},
+                {},
+                {sums, kSumsStride, kTileColumns}});
+  }
+  // Rows of a block that are worth a product; the sums of the others are zero.
+  int rows_of(int64_t step, int64_t block, float* sums) const {
+    if (!kFlags) return blocks_.height(block);
+    const int rows = rows_to_multiply(flags_ + clock_.time(step) * p_.B + blocks_.first(block), blocks_.height(block));
+    if (rows < blocks_.height(block)) clear_sums(sums);
+    return rows;
   }
 
   bool in_tiles_;
   RowBlocks blocks_;
-  int64_t h_stride_, x_stride_, w_numbers_, r_numbers_;
-  BFloat16 *w_ = nullptr, *r_ = nullptr, *h_[2] = {nullptr, nullptr}, *staged_ = nullptr;
+  int64_t h_stride_, x_stride_, u_stride_, w_numbers_, r_numbers_, w_hr_numbers_;
+  BFloat16 *w_ = nullptr, *r_ = nullptr, *w_hr_ = nullptr;
+  BFloat16 *h_[2] = {nullptr, nullptr}, *u_ = nullptr, *staged_ = nullptr;  // u_: o tanh(c), to be projected
 };
 
 template <typename Cell, Flags kFlags>
@@ -295,20 +321,27 @@ class SplitBackward : public RecurrentBackward<Cell, float, kFlags> {
   using Base::hidden_, Base::flags_, Base::progress_, Base::progress_stride_, Base::barrier_, Base::gates_,
       Base::dgates_;
   using Base::p_, Base::clock_, Base::width_, Base::gates_stride_, Base::vectors_, Base::chunk_, Base::threads_;
-  using Base::valid_, Base::valid_rows_, Base::weights;
+  using Base::valid_, Base::valid_rows_, Base::weights, Base::out_vectors_, Base::dh_, Base::dh_stride_,
+      Base::unprojected_;
 
  public:
   explicit SplitBackward(const BackwardParams& p)
       : Base(p),
         in_tiles_(p.B >= split_rows()),
-        blocks_(batch_blocks(p.B, weight_bytes(p, Cell::kGates, p.H))),
+        blocks_(batch_blocks(p.B, weight_bytes(p, Cell::kGates, p.P))),
+        dh_terms_stride_(row_numbers<float>(p.P)),
         d_stride_(row_numbers<float>(p.H, Cell::kGates)),
         numbers_(Cell::kGates * vector_numbers<float>(p.H)) {}
 
   void place(Carver& carver) {
     Base::place_state(carver);
     if (in_tiles_) {
-      r_ = carver.take<BFloat16>(vectors_ * numbers_);
+      r_ = carver.take<BFloat16>(out_vectors_ * numbers_);
+      Base::place_projected(carver);
+      if (p_.w_hr) {
+        w_hr_ = carver.take<BFloat16>(vectors_ * vector_numbers<float>(p_.P));
+        dh_terms_ = carver.take<BFloat16>(p_.B * dh_terms_stride_);
+      }
       for (BFloat16*& d : d_) d = carver.take<BFloat16>(p_.B * d_stride_);
       if (p_.db) db_step_ = carver.take<float>(threads_ * Cell::kGates * width_);
     } else {
@@ -320,19 +353,21 @@ class SplitBackward : public RecurrentBackward<Cell, float, kFlags> {
       rows_ = carver.take<BFloat16>(threads_ * row_numbers_);
     }
     if (weights()) {
-      const int64_t all = p_.I + p_.H;
-      columns_ = carver.take<char>(2 * all * WeightGradient::kColumnBytes);
-      packed_stride_ = divide_up(Cell::kGates * vectors_, threads_) * WeightGradient::kVectorNumbers;
+      const int64_t all = p_.I + p_.P, of_h = p_.w_hr ? p_.H : 0;
+      const int64_t most = Cell::kGates * vectors_ > out_vectors_ ? Cell::kGates * vectors_ : out_vectors_;
+      columns_ = carver.take<char>(2 * (all > of_h ? all : of_h) * WeightGradient::kColumnBytes);
+      packed_stride_ = divide_up(most, threads_) * WeightGradient::kVectorNumbers;
       packed_ = carver.take<BFloat16>(threads_ * packed_stride_);
       sums_ = carver.take<float>(all * WeightGradient::sums_stride(Cell::kGates, p_.H));
+      sums_hr_ = carver.take<float>(of_h * WeightGradient::sums_stride(1, p_.P));
     }
     if (Base::recomputes()) {
       again_rows_ = divide_up(divide_up(chunk_ * p_.B, kBlockHeight), threads_) * kBlockHeight;
       again_w_ = carver.take<BFloat16>(Cell::kGates * vectors_ * vector_numbers<float>(p_.I));
-      again_r_ = carver.take<BFloat16>(Cell::kGates * vectors_ * vector_numbers<float>(p_.H));
+      again_r_ = carver.take<BFloat16>(Cell::kGates * vectors_ * vector_numbers<float>(p_.P));
       again_x_ = carver.take<BFloat16>(threads_ * again_rows_ * row_numbers<float>(p_.I));
-      again_h_ = carver.take<BFloat16>(threads_ * again_rows_ * row_numbers<float>(p_.H));
-      again_numbers_ = round_up(p_.I, 16) + width_ + again_rows_ * width_;
+      again_h_ = carver.take<BFloat16>(threads_ * again_rows_ * row_numbers<float>(p_.P));
+      again_numbers_ = round_up(p_.I, 16) + round_up(p_.P, 16) + again_rows_ * width_;
       again_floats_ = carver.take<float>(threads_ * again_numbers_);
     }
   }
@@ -341,22 +376,27 @@ class SplitBackward : public RecurrentBackward<Cell, float, kFlags> {
     Base::prepare();
     if (in_tiles_)
       for (BFloat16* d : d_) memset(d, 0, static_cast<size_t>(p_.B * d_stride_) * sizeof(BFloat16));
+    if (dh_terms_) memset(dh_terms_, 0, static_cast<size_t>(p_.B * dh_terms_stride_) * sizeof(BFloat16));
   }
 
   void work(int thread, int threads) {
-    const Team team = in_tiles_ ? Team(thread, threads, blocks_.count(), vectors_, weight_bytes(p_, Cell::kGates, p_.H),
-                                       progress_, progress_stride_, kSplitResidentBytes)
-                                : Base::team_of(thread, threads);
+    const Team team = in_tiles_
+                          ? Team(thread, threads, blocks_.count(), vectors_ < out_vectors_ ? vectors_ : out_vectors_,
+                                 weight_bytes(p_, Cell::kGates, p_.P), progress_, progress_stride_, kSplitResidentBytes)
+                          : Base::team_of(thread, threads);
     const Range share = split(vectors_, threads, thread);
+    if (!in_tiles_) Base::pack_recurrent(team);
     if (in_tiles_)
-      pack_columns_from_matrix(static_cast<const float*>(p_.w_hh), Cell::kGates, p_.H, p_.H, share, numbers_, r_);
-    else
-      Base::pack_recurrent(team);
+      pack_columns_from_matrix(static_cast<const float*>(p_.w_hh), Cell::kGates, p_.H, p_.P,
+                               split(out_vectors_, threads, thread), numbers_, r_);
+    if (in_tiles_ && p_.w_hr)
+      pack_columns_from_matrix(static_cast<const float*>(p_.w_hr), 1, p_.P, p_.H, share, vector_numbers<float>(p_.P),
+                               w_hr_);
     if (p_.dx)
       pack_columns_from_matrix(static_cast<const float*>(p_.w_ih), Cell::kGates, p_.H, p_.I,
                                split(vectors_of(p_.I), threads, thread), numbers_, w_);
     if (Base::recomputes()) {
-      pack_units<Cell>(p_.w_hh, p_.H, p_.H, share, again_r_);
+      pack_units<Cell>(p_.w_hh, p_.H, p_.P, share, again_r_);
       pack_units<Cell>(p_.w_ih, p_.H, p_.I, share, again_w_);
     }
     BF16Unit<float> unit;
@@ -379,16 +419,16 @@ class SplitBackward : public RecurrentBackward<Cell, float, kFlags> {
   // The gates of a chunk of time made again, as Recompute::run does: this thread's share of its rows.
   void make_gates(BF16Unit<float>& unit, float* sums, const Chunk& chunk, int thread, int threads) const {
     if constexpr (kFlags == kWithOptions) {
-      const int64_t x_stride = row_numbers<float>(p_.I), h_stride = row_numbers<float>(p_.H);
+      const int64_t x_stride = row_numbers<float>(p_.I), h_stride = row_numbers<float>(p_.P);
       const RowBlocks blocks((chunk.last - chunk.first) * p_.B);
       const Range mine = split(blocks.count(), threads, thread);
       BFloat16 *x = again_x_ + thread * again_rows_ * x_stride, *h = again_h_ + thread * again_rows_ * h_stride;
-      float *xs = again_floats_ + thread * again_numbers_, *hs = xs + round_up(p_.I, 16), *cs = hs + width_;
+      float *xs = again_floats_ + thread * again_numbers_, *hs = xs + round_up(p_.I, 16), *cs = hs + round_up(p_.P, 16);
       const int64_t first = blocks.first(mine.begin), last = blocks.first(mine.end);
       for (int64_t row = first; row < last; ++row) {
         Base::again_.stage_row(chunk.begin, row, xs, hs, cs + (row - first) * width_);
         copy_rows(xs, 0, x + (row - first) * x_stride, 0, 1, p_.I);
-        copy_rows(hs, 0, h + (row - first) * h_stride, 0, 1, p_.H);
+        copy_rows(hs, 0, h + (row - first) * h_stride, 0, 1, p_.P);
       }
       const PanelRange panels = Cell::panels({0, vectors_});
       for (int64_t i = 0; i < panels.count(); ++i) {
@@ -400,10 +440,10 @@ class SplitBackward : public RecurrentBackward<Cell, float, kFlags> {
               {blocks.height(block),
                static_cast<int>(panel.vectors * Cell::kGates),
                p_.I > 0 ? 2 : 1,
-               {dense_left<float>(h + local * h_stride, h_stride * 2, chunks_of(p_.H)),
+               {dense_left<float>(h + local * h_stride, h_stride * 2, chunks_of(p_.P)),
                 dense_left<float>(x + local * x_stride, x_stride * 2, chunks_of(p_.I))},
-               {again_r_ + vector * vector_numbers<float>(p_.H), again_w_ + vector * vector_numbers<float>(p_.I)},
-               {vector_numbers<float>(p_.H), vector_numbers<float>(p_.I)},
+               {again_r_ + vector * vector_numbers<float>(p_.P), again_w_ + vector * vector_numbers<float>(p_.I)},
+               {vector_numbers<float>(p_.P), vector_numbers<float>(p_.I)},
                {},
                {sums, kSumsStride, kTileColumns}});
           unit.finish();
@@ -430,27 +470,47 @@ class SplitBackward : public RecurrentBackward<Cell, float, kFlags> {
     WeightGradient{d, p_.B, chunk.last < p_.T, chunk.first == 0, valid_, valid_rows_}.run(
         unit, columns_, packed_ + thread * packed_stride_, sums_, thread, threads, barrier_,
         BF16RowSource<float, InputRows>{p_.I, x, static_cast<float*>(p_.dw_ih)},
-        BF16RowSource<float, PreviousHidden<kFlags>>{p_.H, Base::previous_hidden(chunk.begin),
-                                                     static_cast<float*>(p_.dw_hh), hidden_.mask, hidden_.width(p_.H)});
+        BF16RowSource<float, PreviousHidden<kFlags>>{p_.P, Base::previous_hidden(chunk.begin),
+                                                     static_cast<float*>(p_.dw_hh), hidden_.mask, hidden_.width(p_.P)});
+    if (p_.w_hr)
+      WeightGradient{{dh_, dh_stride_, tape_width(p_.P), 1, p_.P, rows},
+                     p_.B,
+                     chunk.last < p_.T,
+                     chunk.first == 0,
+                     valid_,
+                     valid_rows_}
+          .run(unit, columns_, packed_ + thread * packed_stride_, sums_hr_, thread, threads, barrier_,
+               BF16RowSource<float, InputRows>{p_.H, InputRows{p_.storage, unprojected_, p_.B * width_, width_},
+                                               static_cast<float*>(p_.dw_hr)});
   }
 
   void through_time(BF16Unit<float>& unit, float (*sums)[kSumsNumbers], const Team& team, const Chunk& chunk,
                     int64_t& phase) const {
     if (team.idle()) return;
-    const Range units = team.slice(vectors_);
-    const PanelRange panels{units.begin, units.end};
-    for (int64_t step = chunk.last - 1; step >= chunk.first; --step)
+    const Range units = team.slice(vectors_), outs = team.slice(out_vectors_);
+    const PanelRange of_units{units.begin, units.end}, of_outs{outs.begin, outs.end};
+    for (int64_t step = chunk.last - 1; step >= chunk.first; --step) {
+      if (p_.w_hr)
+        sweep_pipelined(
+            unit, team, phase++, of_outs, sums,
+            [&](const Panel& panel, int64_t block, float* to) { begin_product(unit, step, panel, block, to); },
+            [&](const Panel& panel, int64_t block, const float* from) {
+              hidden(unit, from, step, chunk, panel, block);
+            });
       sweep_pipelined(
-          unit, team, phase++, panels, sums,
-          [&](const Panel& panel, int64_t block, float* to) { begin_product(unit, step, panel, block, to); },
+          unit, team, phase++, of_units, sums,
+          [&](const Panel& panel, int64_t block, float* to) {
+            p_.w_hr ? begin_projection(unit, step, panel, block, to) : begin_product(unit, step, panel, block, to);
+          },
           [&](const Panel& panel, int64_t block, const float* from) {
             cell(unit, from, step, chunk, panel, block, team.thread);
           });
+    }
     if (chunk.first > 0) return;
     const bool of_options = kFlags == kWithOptions && (p_.options->dh_mask || p_.options->dh_reset);
     if (p_.dh0 || of_options)
       sweep_pipelined(
-          unit, team, phase++, panels, sums,
+          unit, team, phase++, of_outs, sums,
           [&](const Panel& panel, int64_t block, float* to) { begin_product(unit, -1, panel, block, to); },
           [&](const Panel& panel, int64_t block, const float* from) { initial(unit, from, panel, block); });
   }
@@ -500,6 +560,32 @@ class SplitBackward : public RecurrentBackward<Cell, float, kFlags> {
           store(all + at, load(all + at) + load(of_step + at));
         }
   }
+  // dL/dh_t of the projected h, and its terms.
+  void hidden(BF16Unit<float>& unit, const float* sums, int64_t step, const Chunk& chunk, const Panel& panel,
+              int64_t block) const {
+    const int64_t row = blocks_.first(block), column = panel.first * kTileColumns;
+    const auto op = Base::hidden_op(step, chunk, row, column);
+    finish_rows<false>(op, blocks_.height(block), panel.vectors, sums, unit, [&](int r) {
+      store_vectors(dh_terms_ + (row + r) * dh_terms_stride_, panel.first, panel.vectors,
+                    [&](int v) { return load(op.dh + r * dh_stride_ + v * kTileColumns); });
+    });
+  }
+  // dL/dh_t W_hr for a block.
+  void begin_projection(BF16Unit<float>& unit, int64_t step, const Panel& panel, int64_t block, float* sums) const {
+    const int64_t row = blocks_.first(block), numbers = vector_numbers<float>(p_.P);
+    int rows = blocks_.height(block);
+    if (kFlags) rows = rows_to_multiply(flags_ + clock_.time(step) * p_.B + row, rows);
+    if (rows < blocks_.height(block)) clear_sums(sums);
+    if (rows == 0) return;
+    unit.begin({rows,
+                panel.vectors,
+                1,
+                {dense_left<float>(dh_terms_ + row * dh_terms_stride_, dh_terms_stride_ * 2, chunks_of(p_.P)), {}},
+                {w_hr_ + panel.first * numbers, nullptr},
+                {numbers, 0},
+                {},
+                {sums, kSumsStride, kTileColumns}});
+  }
   void initial(BF16Unit<float>& unit, const float* sums, const Panel& panel, int64_t block) const {
     finish_rows<false>(Base::initial_op(blocks_.first(block), panel.first * kTileColumns), blocks_.height(block),
                        panel.vectors, sums, unit, [](int) {});
@@ -507,10 +593,11 @@ class SplitBackward : public RecurrentBackward<Cell, float, kFlags> {
 
   bool in_tiles_;
   RowBlocks blocks_;
-  int64_t d_stride_, numbers_, row_numbers_ = 0, packed_stride_ = 0;
-  BFloat16 *r_ = nullptr, *w_ = nullptr, *d_[2] = {nullptr, nullptr}, *rows_ = nullptr, *packed_ = nullptr;
+  int64_t dh_terms_stride_, d_stride_, numbers_, row_numbers_ = 0, packed_stride_ = 0;
+  BFloat16 *r_ = nullptr, *w_ = nullptr, *w_hr_ = nullptr, *rows_ = nullptr, *packed_ = nullptr;
+  BFloat16 *d_[2] = {nullptr, nullptr}, *dh_terms_ = nullptr;
   char* columns_ = nullptr;
-  float *sums_ = nullptr, *db_step_ = nullptr;
+  float *sums_ = nullptr, *sums_hr_ = nullptr, *db_step_ = nullptr;
   // For gates that are made again: the weights, and this many rows for each thread.
   int64_t again_rows_ = 0, again_numbers_ = 0;
   BFloat16 *again_w_ = nullptr, *again_r_ = nullptr, *again_x_ = nullptr, *again_h_ = nullptr;
@@ -520,11 +607,11 @@ class SplitBackward : public RecurrentBackward<Cell, float, kFlags> {
 // Steps in tiles; else large products of at least so many rows; else nothing here is worth its packing.
 constexpr int64_t kSplitLargeRows = 96;
 inline bool may_split(const ForwardParams& p) {
-  if (p.storage != Storage::kFloat32 || p.w_hr || normalises(p.options)) return false;
-  return p.B >= split_rows() || (p.B <= kTileRows && p.T * p.B >= kSplitLargeRows);
+  if (p.storage != Storage::kFloat32 || normalises(p.options)) return false;
+  return p.B >= split_rows() || (p.B <= kTileRows && p.T * p.B >= kSplitLargeRows && p.w_hr == nullptr);
 }
 inline bool may_split(const BackwardParams& p) {
-  if (p.storage != Storage::kFloat32 || p.w_hr || normalises(p.options)) return false;
+  if (p.storage != Storage::kFloat32 || normalises(p.options)) return false;
   return p.B >= split_rows() || p.T * p.B >= kSplitLargeRows;
 }
 
