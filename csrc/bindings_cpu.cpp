@@ -119,12 +119,29 @@ BackwardParams backward_params(int storage, int activation, const std::vector<st
   return p;
 }
 
+// Layer normalisation is whole in one of its two forms, or not there.
+void check_norm(const LayerOptions* options) {
+  if (!options) return;
+  const LayerOptions& o = *options;
+  const bool haste = o.weight_ln_ih && o.weight_ln_hh, torchaudio = o.weight_ln_gates && o.bias_ln_gates;
+  const bool any =
+      o.weight_ln_ih || o.weight_ln_hh || o.weight_ln_gates || o.bias_ln_gates || o.weight_ln_c || o.bias_ln_c;
+  if (!any) return;
+  const bool one = haste ? !o.weight_ln_gates && !o.bias_ln_gates : torchaudio && !o.weight_ln_ih && !o.weight_ln_hh;
+  if (!one || !o.weight_ln_c || !o.bias_ln_c || o.peephole)
+    throw std::invalid_argument("layer normalisation: haste's four tensors or torchaudio's four, and no peephole");
+}
+
 void check_lstm_forward(const ForwardParams& p) {
+  check_norm(p.options);
   require(p.c0 && p.c_n, "c0 and c_n");
   if (!p.c && p.gates) throw std::invalid_argument("the tape is c and gates, c alone, or neither");
   if (p.w_hr == nullptr && p.P != p.H) throw std::invalid_argument("without w_hr, P must be H");
 }
 void check_lstm_backward(const BackwardParams& p) {
+  check_norm(p.options);
+  if (p.options && p.options->weight_ln_c && !p.options->recompute)
+    throw std::invalid_argument("a backward of layer normalisation makes its gates again: recompute must be set");
   require(p.c0 && p.c, "c0 and c");
   if (p.w_hr == nullptr && p.P != p.H) throw std::invalid_argument("without w_hr, P must be H");
 }
@@ -306,6 +323,18 @@ PYBIND11_MODULE(_cpu, m) {
   option<&LayerOptions::dc_reset>(options, "dc_reset");
   option<&LayerOptions::dh_mask>(options, "dh_mask");
   option<&LayerOptions::dpeephole>(options, "dpeephole");
+  option<&LayerOptions::weight_ln_ih>(options, "weight_ln_ih");
+  option<&LayerOptions::weight_ln_hh>(options, "weight_ln_hh");
+  option<&LayerOptions::weight_ln_gates>(options, "weight_ln_gates");
+  option<&LayerOptions::bias_ln_gates>(options, "bias_ln_gates");
+  option<&LayerOptions::weight_ln_c>(options, "weight_ln_c");
+  option<&LayerOptions::bias_ln_c>(options, "bias_ln_c");
+  option<&LayerOptions::dweight_ln_ih>(options, "dweight_ln_ih");
+  option<&LayerOptions::dweight_ln_hh>(options, "dweight_ln_hh");
+  option<&LayerOptions::dweight_ln_gates>(options, "dweight_ln_gates");
+  option<&LayerOptions::dbias_ln_gates>(options, "dbias_ln_gates");
+  option<&LayerOptions::dweight_ln_c>(options, "dweight_ln_c");
+  option<&LayerOptions::dbias_ln_c>(options, "dbias_ln_c");
   m.def("lstm_forward", bind<&KernelTable::lstm_forward>(&forward_params, &check_lstm_forward));
   m.def("lstm_backward", bind<&KernelTable::lstm_backward>(&backward_params, &check_lstm_backward));
   m.def("rnn_forward", bind<&KernelTable::rnn_forward>(&forward_params, &check_rnn_forward));

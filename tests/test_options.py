@@ -5,7 +5,7 @@ autograd and transforms, combinations of options, and who serves which.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -169,11 +169,14 @@ def test_outputs_and_gradients(op: str, name: str, seed: int) -> None:
         assert_matches_reference(op, draws, implementation=implementation, seed=seed)
 
 
-# Everything that a kernel can be asked for at once, in two sets since some cannot be combined.
+# Everything that a kernel can be asked for at once, in several sets since some cannot be combined. All but the first
+# make their gates again.
 TOGETHER = (
     ("lstm", ("reset_state", "h_mask", "zoneout", "peephole", "cell_clip", "grad_clip", "return_states")),
     ("lstm", ("reset_state per step", "h_mask", "zoneout by rate", "peephole", "grad_clip", "recompute")),
     ("rnn", ("reset_state per step", "h_mask", "grad_clip", "recompute")),
+    ("lstm", ("haste", "reset_state per step", "h_mask", "zoneout by rate", "cell_clip", "grad_clip", "recompute")),
+    ("lstm", ("torchaudio", "reset_state", "h_mask", "zoneout", "cell_clip", "grad_clip", "return_states")),
 )
 
 
@@ -192,9 +195,14 @@ def test_every_instruction_set(op: str, names: tuple[str, ...], isa: str, seed: 
 
 
 @pytest.mark.usefixtures("poison")
-@pytest.mark.parametrize(("op", "names"), TOGETHER[1:], ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(("op", "names"), TOGETHER[1:], ids=lambda value: value if isinstance(value, str) else value[0])
 def test_gates_made_again_in_several_chunks(op: str, names: tuple[str, ...], seed: int) -> None:
-    """More rows of time and batch than a chunk has; the chunks' edges lie elsewhere with every batch size."""
+    """More rows of time and batch than a chunk has; the chunks' edges lie elsewhere with every batch size.
+
+    Without the clip of the cell, whose derivative jumps: some of so many cells lie as near to it as float32 rounds, and
+    which side they fall on would decide the test.
+    """
+    names = tuple(name for name in names if name != "cell_clip")
     cases = (
         (Case(41, 33, 6, 20, P=7, time="lengths+reset"), torch.float32),
         (Case(41, 33, 6, 20, reverse=True, time="lengths"), torch.bfloat16),
@@ -244,7 +252,7 @@ def test_recompute_keeps_y_and_c_alone(op: str, seed: int) -> None:
             sizes[value.data_ptr()] = value.numel()
         return value
 
-    def kept(**options: bool) -> int:
+    def kept(**options: Any) -> int:
         sizes.clear()
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
             getattr(F, op)(**inputs, **options)
@@ -255,6 +263,10 @@ def test_recompute_keeps_y_and_c_alone(op: str, seed: int) -> None:
             one = case.T * case.B * case.H  # H is a whole number of vectors
             assert kept(recompute=True) == (2 if op == "lstm" else 1) * one
             assert kept() > kept(recompute=True) + 0.9 * gates_of(op) * one
+            for name in ("haste", "torchaudio") if op == "lstm" else ():  # layer normalisation does so by itself
+                norms = options_of(case, [name], 4, torch.float32)
+                given |= {value.data_ptr() for value in norms.values()}
+                assert kept(**norms) == 2 * one
 
 
 @pytest.mark.full
@@ -648,17 +660,15 @@ def test_info_tells_who_serves_each_option() -> None:
         assert all(backend == ("cpp" if option in served else None) for option, backend in forced.items())
 
 
-def unserved() -> Iterator[tuple[str, str]]:
-    for op, name in ALL:
-        if OPTIONS[name] not in dispatch.SERVED[("cpp", op)]:
-            yield op, name
-
-
-@pytest.mark.parametrize(("op", "name"), [*unserved()])
-def test_a_forced_kernel_that_lacks_an_option_raises(op: str, name: str, seed: int) -> None:
+@pytest.mark.parametrize(("op", "name"), [pair for pair in ALL if pair[1] in ("haste", "h_mask", "recompute")])
+def test_a_forced_kernel_that_lacks_an_option_raises(
+    op: str, name: str, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(dispatch.SERVED, ("cpp", op), dispatch.SERVED[("cpp", op)] - {OPTIONS[name]})
     case = Case(3, 2, 4, 5)
     inputs = inputs_of(case, gates_of(op), torch.float32) | options_of(case, [name], gates_of(op), torch.float32)
     inputs["w_hh"].requires_grad_()
+    assert dispatch.serving(op, options=[OPTIONS[name]])[0] == "reference"
     with use_implementation("cpp"), pytest.raises(RuntimeError, match=f"kernels of {op} do not serve {OPTIONS[name]}"):
         sum(out.sum() for out in getattr(F, op)(**inputs)).backward()
 

@@ -5,6 +5,7 @@
 #include "clustering.h"
 #include "launch.h"
 #include "nearest.h"
+#include "norm_recurrence.h"
 #include "peaks.h"
 #include "recurrence.h"
 #include "step.h"
@@ -28,6 +29,15 @@ void dispatch(const Params& p) {
   p.storage == Storage::kFloat64 ? dispatch_flags<Kernel, Cell, double>(p) : dispatch_flags<Kernel, Cell, float>(p);
 }
 
+inline void lstm_forward(const ForwardParams& p) {
+  if (!normalises(p.options)) return dispatch<RecurrentForward, LstmCell>(p);
+  p.storage == Storage::kFloat64 ? launch<NormForward<double>>(p) : launch<NormForward<float>>(p);
+}
+inline void lstm_backward(const BackwardParams& p) {
+  if (!normalises(p.options)) return dispatch<RecurrentBackward, LstmCell>(p);
+  p.storage == Storage::kFloat64 ? launch<NormBackward<double>>(p) : launch<NormBackward<float>>(p);
+}
+
 inline void cluster(const ClusterParams& p) {
   const bool unit = p.alpha == 1;
   if (p.storage == Storage::kFloat64)
@@ -43,8 +53,8 @@ void dispatch_storage(const Params& p) {
 
 constexpr KernelTable make_table(const char* name) {
   return {name,
-          &dispatch<RecurrentForward, LstmCell, ForwardParams>,
-          &dispatch<RecurrentBackward, LstmCell, BackwardParams>,
+          &lstm_forward,
+          &lstm_backward,
           &dispatch<RecurrentForward, ElmanCell, ForwardParams>,
           &dispatch<RecurrentBackward, ElmanCell, BackwardParams>,
           &step_bytes,

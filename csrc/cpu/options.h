@@ -13,6 +13,9 @@ namespace {
 using Flags = int;
 constexpr Flags kNoFlags = 0, kWithFlags = 1, kWithOptions = 2;
 
+// Whether the layer has the kernels of norm_recurrence.h instead.
+FASTSEQ_INLINE bool normalises(const LayerOptions* options) { return options && options->weight_ln_c; }
+
 // A member that only the build with options has.
 struct Nothing {};
 template <bool kThere, typename Options>

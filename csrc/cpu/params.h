@@ -33,6 +33,9 @@ struct LayerOptions {
   const uint8_t *zoneout_h, *zoneout_c;     // bool [T, B, P], [T, B, H]: 1 keeps the old value
   double zoneout_h_rate, zoneout_c_rate;
   const void* peephole;  // [3, H]: of i, f, o
+  // Layer normalisation, haste's with the first two or torchaudio's with the next two, and both with the last: [4H]
+  // and [H]. Not with a peephole. A backward of it makes the gates again (`recompute`).
+  const void *weight_ln_ih, *weight_ln_hh, *weight_ln_gates, *bias_ln_gates, *weight_ln_c, *bias_ln_c;
   double cell_clip;
   // Of the backward alone.
   double grad_clip;
@@ -41,6 +44,7 @@ struct LayerOptions {
   const void *b_ih, *b_hh;                          // [GH], for that
   void *dh_reset, *dc_reset, *dh_mask, *dpeephole;  // results like their inputs; rows of dh_reset and dc_reset that no
                                                     // step takes are left alone
+  void *dweight_ln_ih, *dweight_ln_hh, *dweight_ln_gates, *dbias_ln_gates, *dweight_ln_c, *dbias_ln_c;
 };
 
 // One layer in one direction: an LSTM, or an Elman layer (`activation`, no c, no w_hr).

@@ -56,28 +56,45 @@ struct Recompute {
 
   // This thread's share of the rows of a chunk, into gates [rows, gates_stride].
   void run(const Chunk& chunk, Real* gates, int64_t gates_stride, int thread, int threads) const {
-    const RowTiles tiles((chunk.last - chunk.first) * B);
-    const Range mine = split(tiles.count(), threads, thread);
     const PanelRange panels = Cell::panels({0, tape_width(H) / kLanes<Real>});
-    Real* xs = staged + thread * staged_numbers(I, H, P);
-    Real* hs = xs + kRows * I;
-    Real* cs = hs + kRows * P;
-    for (int64_t first = mine.begin; first < mine.end; first += kRows / kTileRows) {
-      const int64_t last = first + kRows / kTileRows < mine.end ? first + kRows / kTileRows : mine.end;
-      const int64_t row0 = tiles.first(first);
-      stage(chunk.begin, row0, tiles.first(last), xs, hs, cs);
+    stretches(chunk, thread, threads, [&](const RowTiles& tiles, Range part, const Real* xs, const Real* hs) {
+      const Real* cs = hs + kRows * P;
+      const int64_t row0 = tiles.first(part.begin);
       for (int64_t i = 0; i < panels.count(); ++i) {
         const Panel panel = panels.at(i);
-        for (int64_t tile = first; tile < last; ++tile)
+        for (int64_t tile = part.begin; tile < part.end; ++tile)
           project(panel, tiles.height(tile), xs + (tiles.first(tile) - row0) * I,
                   gates + tiles.first(tile) * gates_stride, gates_stride);
-        for (int64_t tile = first; tile < last; ++tile) {
+        for (int64_t tile = part.begin; tile < part.end; ++tile) {
           const int64_t row = tiles.first(tile) - row0;
           activate_tile(panel, tiles.height(tile), hs + row * P, cs + row * tape_width(H),
                         gates + tiles.first(tile) * gates_stride, gates_stride);
         }
       }
+    });
+  }
+
+  // Calls body(tiles, part, xs, hs) for each part of this thread's tiles of the chunk's rows, with the rows of x and of
+  // h_{t-1} staged from the first of the part on.
+  template <typename Body>
+  void stretches(const Chunk& chunk, int thread, int threads, const Body& body) const {
+    const RowTiles tiles((chunk.last - chunk.first) * B);
+    const Range mine = split(tiles.count(), threads, thread);
+    Real* xs = staged + thread * staged_numbers(I, H, P);
+    Real* hs = xs + kRows * I;
+    for (int64_t first = mine.begin; first < mine.end; first += kRows / kTileRows) {
+      const int64_t last = first + kRows / kTileRows < mine.end ? first + kRows / kTileRows : mine.end;
+      stage(chunk.begin, tiles.first(first), tiles.first(last), xs, hs, hs + kRows * P);
+      body(tiles, Range{first, last}, xs, hs);
     }
+  }
+  // bias + W x, or `plus` + R h_{t-1}, of a tile's rows.
+  void project(const Panel& panel, int rows, const Real* from, Real* gates, int64_t gates_stride) const {
+    multiply(panel, rows, w, from, I, bias, gates, gates_stride);
+  }
+  void project_hidden(const Panel& panel, int rows, const Real* from, const Real* plus, Real* to,
+                      int64_t to_stride) const {
+    multiply(panel, rows, r, from, P, plus, to, to_stride);
   }
 
   // Of row `row` of the chunk that begins at time `begin`.
@@ -103,6 +120,13 @@ struct Recompute {
   }
 
  private:
+  void multiply(const Panel& panel, int rows, const Real* weights, const Real* from, int64_t K, const Real* plus,
+                Real* to, int64_t to_stride) const {
+    const int64_t column = panel.first * kLanes<Real>;
+    const ProjectionOp<Real> op{plus + column, to + column, to_stride, Cell::template slot_stride<Real>(tape_width(H))};
+    Cell::template run<Chains::kOne, Real>(
+        rows, panel, op, Product<Real>{weights + column * K * Cell::kGates, K, from, K, chain_for<Real>(H)});
+  }
   void stage(int64_t begin, int64_t first, int64_t last, Real* xs, Real* hs, Real* cs) const {
     for (int64_t row = first; row < last; ++row, xs += I, hs += P, cs += tape_width(H))
       stage_row(begin, row, xs, hs, cs);
@@ -122,13 +146,6 @@ struct Recompute {
       const Real* from = clock.is_first(t) ? c0 + b * width : c + (clock.before(t) * B + b) * width;
       memcpy(to, from, static_cast<size_t>(width) * sizeof(Real));
     }
-  }
-  void project(const Panel& panel, int rows, const Real* from, Real* gates, int64_t gates_stride) const {
-    const int64_t column = panel.first * kLanes<Real>;
-    const ProjectionOp<Real> op{bias + column, gates + column, gates_stride,
-                                Cell::template slot_stride<Real>(tape_width(H))};
-    Cell::template run<Chains::kOne, Real>(
-        rows, panel, op, Product<Real>{w + column * I * Cell::kGates, I, from, I, chain_for<Real>(H)});
   }
   void activate_tile(const Panel& panel, int rows, const Real* h, const Real* c_before, Real* gates,
                      int64_t gates_stride) const {

@@ -83,6 +83,13 @@ class RecurrentForward {
   }
 
   void work(int thread, int threads) {
+    run(thread, threads,
+        [this](const Team& team, int64_t step, int64_t begin, int64_t& phase) { cells(team, step, begin, phase); });
+  }
+  // A thread's part of it all. through(team, step, begin, phase) takes a step from h_{t-1} and the projected input to
+  // h_t before any projection, in as many phases as it likes.
+  template <typename Through>
+  void run(int thread, int threads, const Through& through) {
     const Team team = team_of(thread, threads);
     const Range units = team.slice(vectors_);
     if (!team.idle()) {
@@ -101,7 +108,7 @@ class RecurrentForward {
                                            p_.I,
                                            staged_ ? staged_ + thread * staged_stride_ : nullptr};
     const PanelRange panels = Cell::panels(units);
-    run_chunks(team, [&](int64_t begin, int64_t end) {
+    const auto project_input = [&](int64_t begin, int64_t end) {
       projection.stage(begin, end, team, batch_);
       for (int64_t i = 0; i < panels.count(); ++i) {
         const Panel panel = panels.at(i);
@@ -115,7 +122,8 @@ class RecurrentForward {
           Cell::template run<Chains::kOne, Real>(rows, panel, op, product);
         });
       }
-    });
+    };
+    run_chunks(team, project_input, through);
   }
   Team team_of(int thread, int threads) const {
     return Team(thread, threads, batch_.count(), vectors_ < out_vectors_ ? vectors_ : out_vectors_,
@@ -129,15 +137,20 @@ class RecurrentForward {
   // Chunk by chunk the projection of the input at times [begin, end), and the steps.
   template <typename Projection>
   void run_chunks(const Team& team, const Projection& projection) const {
+    run_chunks(team, projection, [this](const Team& team, int64_t step, int64_t begin, int64_t& phase) {
+      cells(team, step, begin, phase);
+    });
+  }
+  template <typename Projection, typename Through>
+  void run_chunks(const Team& team, const Projection& projection, const Through& through) const {
     const Range outs = team.slice(out_vectors_);
-    const PanelRange panels = Cell::panels(team.slice(vectors_));
     int64_t phase = 0;
     for (int64_t first = 0; first < p_.T; first += chunk_) {
       const int64_t last = first + chunk_ < p_.T ? first + chunk_ : p_.T;
       const int64_t begin = p_.reverse ? clock_.time(last - 1) : first;  // in time
       projection(begin, begin + last - first);
       for (int64_t step = first; step < last; ++step) {
-        team.sweep(phase++, panels, [&](const Panel& panel, int64_t tile) { cell(step, begin, panel, tile); });
+        through(team, step, begin, phase);
         if (p_.w_hr)
           team.sweep(phase++, {outs.begin, outs.end},
                      [&](const Panel& panel, int64_t tile) { project(step, panel, tile); });
@@ -160,13 +173,17 @@ class RecurrentForward {
     return p_.c && step >= 0 ? static_cast<Real*>(p_.c) + clock_.time(step) * p_.B * width_ : c_;
   }
 
-  void cell(int64_t step, int64_t begin, const Panel& panel, int64_t tile) const {
-    const int64_t t = clock_.time(step), row = batch_.first(tile), column = panel.first * kLanes<Real>;
-    const int64_t stride = hidden_.read_stride(step);
-    Product<Real> product{r_ + column * p_.P * Cell::kGates, p_.P, hidden_.read(step) + row * stride, stride,
-                          chain_for<Real>(p_.H)};
-    if (kFlags && all_padding(flags_ + t * p_.B + row, batch_.height(tile))) product.K = 0;
-    Cell::template run<Chains::kSide, Real>(batch_.height(tile), panel, cell_op(step, begin, row, column), product);
+  void cells(const Team& team, int64_t step, int64_t begin, int64_t& phase) const {
+    team.sweep(phase++, Cell::panels(team.slice(vectors_)), [&](const Panel& panel, int64_t tile) {
+      const auto op = cell_op(step, begin, batch_.first(tile), panel.first * kLanes<Real>);
+      Cell::template run<Chains::kSide, Real>(batch_.height(tile), panel, op, recurrent(step, panel, tile));
+    });
+  }
+  Product<Real> recurrent(int64_t step, const Panel& panel, int64_t tile) const {
+    const int64_t row = batch_.first(tile), column = panel.first * kLanes<Real>, stride = hidden_.read_stride(step);
+    const bool over = kFlags && all_padding(flags_ + clock_.time(step) * p_.B + row, batch_.height(tile));
+    return {r_ + column * p_.P * Cell::kGates, over ? 0 : p_.P, hidden_.read(step) + row * stride, stride,
+            chain_for<Real>(p_.H)};
   }
   // What becomes of the product for the tile at `row` and `column`.
   auto cell_op(int64_t step, int64_t begin, int64_t row, int64_t column) const {
@@ -349,14 +366,7 @@ class RecurrentBackward {
   }
 
   void work(int thread, int threads) {
-    const Team team = team_of(thread, threads);
-    pack_recurrent(team);
-    const PanelRange inputs{0, divide_up(p_.I, kLanes<Real>)};
-    if (p_.dx)
-      pack_plain<Real>(p_.storage, p_.w_ih, Cell::kGates, p_.H, width_, p_.I, inputs, split(width_, threads, thread),
-                       w_);
-    if constexpr (kFlags == kWithOptions)
-      if (recomputes()) again_.pack(p_.w_ih, p_.w_hh, thread, threads);
+    const Team team = pack(thread, threads);
     int64_t phase = 0;
     run_chunks(
         thread, threads,
@@ -365,6 +375,18 @@ class RecurrentBackward {
         },
         [&](const Chunk& chunk) { through_time(team, chunk, phase); },
         [&](const Chunk& chunk) { large_products(chunk, thread, threads); });
+  }
+  // This thread's share of the weights that any product reads, and its team.
+  Team pack(int thread, int threads) const {
+    const Team team = team_of(thread, threads);
+    pack_recurrent(team);
+    const PanelRange inputs{0, divide_up(p_.I, kLanes<Real>)};
+    if (p_.dx)
+      pack_plain<Real>(p_.storage, p_.w_ih, Cell::kGates, p_.H, width_, p_.I, inputs, split(width_, threads, thread),
+                       w_);
+    if constexpr (kFlags == kWithOptions)
+      if (recomputes()) again_.pack(p_.w_ih, p_.w_hh, thread, threads);
+    return team;
   }
   Team team_of(int thread, int threads) const {
     return Team(thread, threads, batch_.count(), vectors_ < out_vectors_ ? vectors_ : out_vectors_,
@@ -442,50 +464,65 @@ class RecurrentBackward {
 
   bool recomputes() const { return kFlags == kWithOptions && p_.options->recompute; }
 
+  GateGradients<Real> gate_gradients(const Real* dgates, const Chunk& chunk) const {
+    return {dgates, gates_stride_, Cell::kGates, p_.H, width_, (chunk.last - chunk.first) * p_.B};
+  }
+  WeightGradient<Real> weight_gradient(const GateGradients<Real>& d, const Chunk& chunk) const {
+    return {d, p_.B, p_.storage, chunk.last < p_.T, chunk.first == 0, valid_, valid_rows_};
+  }
+  Real* packed(int thread) const { return packed_ + thread * WeightGradient<Real>::packed_numbers(); }
+  auto x_source(const Chunk& chunk) const {
+    const InputRows x{p_.storage, at(p_.x, p_.storage, chunk.begin * p_.x_stride_t), p_.x_stride_t, p_.x_stride_b};
+    return row_source(p_.storage, p_.I, x, p_.dw_ih, sums_ih_);
+  }
+  auto h_source(const Chunk& chunk) const {
+    return row_source(p_.storage, p_.P, previous_hidden(chunk.begin), p_.dw_hh, sums_hh_, hidden_.mask,
+                      hidden_.width(p_.P));
+  }
+  void input_gradient(const GateGradients<Real>& d, const Chunk& chunk, int thread, int threads) const {
+    InputGradient<Real>{d,
+                        p_.storage,
+                        p_.I,
+                        w_,
+                        at(p_.dx, p_.storage, chunk.begin * p_.B * p_.I),
+                        kFlags && p_.flags ? p_.flags + chunk.begin * p_.B : nullptr}
+        .run(block_ + thread * InputGradient<Real>::block_numbers(), thread, threads);
+  }
+  void projection_gradient(const Chunk& chunk, int thread, int threads) {
+    constexpr Storage kPlain = sizeof(Real) == 8 ? Storage::kFloat64 : Storage::kFloat32;
+    const GateGradients<Real> dh{dh_, dh_stride_, 1, p_.P, tape_width(p_.P), (chunk.last - chunk.first) * p_.B};
+    weight_gradient(dh, chunk).run(
+        panels_, packed(thread), thread, threads, barrier_,
+        row_source(kPlain, p_.H, InputRows{kPlain, unprojected_, p_.B * width_, width_}, p_.dw_hr, sums_hr_));
+  }
+
   // The gradients of the input and the weights from a chunk, added to those of the chunks before.
   void large_products(const Chunk& chunk, int thread, int threads) {
-    const int64_t rows = (chunk.last - chunk.first) * p_.B;
-    const bool continued = chunk.last < p_.T, complete = chunk.first == 0;
-    const GateGradients<Real> d{dgates_, gates_stride_, Cell::kGates, p_.H, width_, rows};
-    if (p_.dx)
-      InputGradient<Real>{d,
-                          p_.storage,
-                          p_.I,
-                          w_,
-                          at(p_.dx, p_.storage, chunk.begin * p_.B * p_.I),
-                          kFlags && p_.flags ? p_.flags + chunk.begin * p_.B : nullptr}
-          .run(block_ + thread * InputGradient<Real>::block_numbers(), thread, threads);
+    const GateGradients<Real> d = gate_gradients(dgates_, chunk);
+    if (p_.dx) input_gradient(d, chunk, thread, threads);
     if (!weights()) return;
-    const WeightGradient<Real> gradient{d, p_.B, p_.storage, continued, complete, valid_, valid_rows_};
-    Real* packed = packed_ + thread * WeightGradient<Real>::packed_numbers();
-    const InputRows x{p_.storage, at(p_.x, p_.storage, chunk.begin * p_.x_stride_t), p_.x_stride_t, p_.x_stride_b};
-    gradient.run(panels_, packed, thread, threads, barrier_, row_source(p_.storage, p_.I, x, p_.dw_ih, sums_ih_),
-                 row_source(p_.storage, p_.P, previous_hidden(chunk.begin), p_.dw_hh, sums_hh_, hidden_.mask,
-                            hidden_.width(p_.P)));
-    if (p_.w_hr) {
-      constexpr Storage kPlain = sizeof(Real) == 8 ? Storage::kFloat64 : Storage::kFloat32;
-      const WeightGradient<Real> projection{{dh_, dh_stride_, 1, p_.P, tape_width(p_.P), rows},
-                                            p_.B,
-                                            p_.storage,
-                                            continued,
-                                            complete,
-                                            valid_,
-                                            valid_rows_};
-      projection.run(
-          panels_, packed, thread, threads, barrier_,
-          row_source(kPlain, p_.H, InputRows{kPlain, unprojected_, p_.B * width_, width_}, p_.dw_hr, sums_hr_));
-    }
+    weight_gradient(d, chunk).run(panels_, packed(thread), thread, threads, barrier_, x_source(chunk), h_source(chunk));
+    if (p_.w_hr) projection_gradient(chunk, thread, threads);
   }
 
   void through_time(const Team& team, const Chunk& chunk, int64_t& phase) const {
+    through_time(team, chunk, phase, [this](const Team& team, int64_t step, const Chunk& chunk, int64_t& phase) {
+      const Range units = team.slice(vectors_);
+      team.sweep(phase++, {units.begin, units.end},
+                 [&](const Panel& panel, int64_t tile) { cell(step, chunk, panel, tile); });
+    });
+  }
+  // through(team, step, chunk, phase) goes from dL/dh_t, or with a projection from what came before it, to the gates'
+  // gradients.
+  template <typename Through>
+  void through_time(const Team& team, const Chunk& chunk, int64_t& phase, const Through& through) const {
     if (team.idle()) return;
-    const Range outs = team.slice(out_vectors_), units = team.slice(vectors_);
+    const Range outs = team.slice(out_vectors_);
     for (int64_t step = chunk.last - 1; step >= chunk.first; --step) {
       if (p_.w_hr)
         team.sweep(phase++, {outs.begin, outs.end},
                    [&](const Panel& panel, int64_t tile) { hidden(step, chunk, panel, tile); });
-      team.sweep(phase++, {units.begin, units.end},
-                 [&](const Panel& panel, int64_t tile) { cell(step, chunk, panel, tile); });
+      through(team, step, chunk, phase);
     }
     if (chunk.first > 0) return;
     const bool of_options = kFlags == kWithOptions && (p_.options->dh_mask || p_.options->dh_reset);

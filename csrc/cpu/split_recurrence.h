@@ -607,11 +607,11 @@ class SplitBackward : public RecurrentBackward<Cell, float, kFlags> {
 // Steps in tiles; else large products of at least so many rows; else nothing here is worth its packing.
 constexpr int64_t kSplitLargeRows = 96;
 inline bool may_split(const ForwardParams& p) {
-  if (p.storage != Storage::kFloat32) return false;
+  if (p.storage != Storage::kFloat32 || normalises(p.options)) return false;
   return p.B >= split_rows() || (p.B <= kTileRows && p.T * p.B >= kSplitLargeRows && p.w_hr == nullptr);
 }
 inline bool may_split(const BackwardParams& p) {
-  if (p.storage != Storage::kFloat32) return false;
+  if (p.storage != Storage::kFloat32 || normalises(p.options)) return false;
   return p.B >= split_rows() || p.T * p.B >= kSplitLargeRows;
 }
 

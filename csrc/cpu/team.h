@@ -118,6 +118,17 @@ struct Team {
     }
   }
 
+  // Calls body(row) for this thread's share of the rows of every tile of the group, as one phase.
+  template <typename Body>
+  void sweep_rows(int64_t phase, const RowTiles& batch, const Body& body) const {
+    for (int64_t tile = tiles.begin; tile < tiles.end; ++tile) {
+      await(tile, phase);
+      const Range mine = slice(batch.height(tile));
+      for (int64_t row = mine.begin; row < mine.end; ++row) body(batch.first(tile) + row);
+      publish(tile, phase + 1);
+    }
+  }
+
   void await(int64_t tile, int64_t phase) const {
     if (members == 1) return;
     for (int other = 0; other < members; ++other)

@@ -7,146 +7,68 @@
 
 #include "../cpu/select.h"
 #include "compare.h"
+#include "recurrence_loops.h"
 #include "selftest_clustering.h"
 
 namespace {
 
 using namespace fastseq;
 
-struct Problem {
-  bool lstm, projected, reverse, flags, bias;
-  Activation activation;
-  int T, B, I, H, P, threads;
+// A tensor as a kernel takes it, null where there is none.
+template <typename Real>
+const Real* given(const std::vector<Real>& values) {
+  return values.empty() ? nullptr : values.data();
+}
+template <typename Real>
+Real* given(std::vector<Real>& values) {
+  return values.empty() ? nullptr : values.data();
+}
 
-  int gates() const { return lstm ? 4 : 1; }
-  std::string describe() const {
-    char text[160];
-    std::snprintf(text, sizeof(text), "%s T=%d B=%d I=%d H=%d P=%d%s%s%s activation=%d threads=%d",
-                  lstm ? "lstm" : "rnn", T, B, I, H, P, reverse ? " reverse" : "", flags ? " flags" : "",
-                  bias ? "" : " no bias", static_cast<int>(activation), threads);
-    return text;
+// The options of a problem, and the memory that they point to.
+template <typename Real>
+struct Asked {
+  using Vector = std::vector<Real>;
+  Vector h_reset, c_reset, h_mask, peephole, of_input, of_hidden, gate_bias, of_cell, cell_bias;
+  Vector dh_reset, dc_reset, dh_mask, dpeephole, dof_input, dof_hidden, dgate_bias, dof_cell, dcell_bias;
+  LayerOptions options{};
+
+  Asked(const Problem& p, const Data& d)
+      : h_reset(as<Real>(d.h_reset)),
+        c_reset(as<Real>(d.c_reset)),
+        h_mask(as<Real>(d.h_mask)),
+        peephole(as<Real>(d.peephole)),
+        of_input(as<Real>(d.norm.of_input)),
+        of_hidden(as<Real>(d.norm.of_hidden)),
+        gate_bias(as<Real>(d.norm.gate_bias)),
+        of_cell(as<Real>(d.norm.of_cell)),
+        cell_bias(as<Real>(d.norm.cell_bias)),
+        // Rows of a reset state that no step takes are left alone.
+        dh_reset(p.reset_per_step ? Vector(h_reset.size()) : poisoned<Real>(h_reset.size())),
+        dc_reset(p.reset_per_step ? Vector(c_reset.size()) : poisoned<Real>(c_reset.size())),
+        dh_mask(poisoned<Real>(h_mask.size())),
+        dpeephole(poisoned<Real>(peephole.size())),
+        dof_input(poisoned<Real>(of_input.size())),
+        dof_hidden(poisoned<Real>(of_hidden.size())),
+        dgate_bias(poisoned<Real>(gate_bias.size())),
+        dof_cell(poisoned<Real>(of_cell.size())),
+        dcell_bias(poisoned<Real>(cell_bias.size())) {
+    LayerOptions& o = options;
+    o.h_reset = given(h_reset), o.c_reset = given(c_reset), o.h_mask = given(h_mask), o.peephole = given(peephole);
+    o.h_reset_per_step = o.c_reset_per_step = p.reset_per_step;
+    o.zoneout_h = given(d.zoneout_h), o.zoneout_c = given(d.zoneout_c);
+    o.zoneout_h_rate = o.zoneout_c_rate = p.zoneout_rate;
+    o.cell_clip = p.cell_clip, o.grad_clip = p.grad_clip;
+    const bool haste = p.norm == Norm::kHaste;
+    o.weight_ln_ih = given(of_input), o.bias_ln_gates = given(gate_bias);
+    (haste ? o.weight_ln_hh : o.weight_ln_gates) = given(of_hidden);
+    o.weight_ln_c = given(of_cell), o.bias_ln_c = given(cell_bias);
+    o.recompute = p.recompute || p.norm != Norm::kNone;
+    o.dh_reset = given(dh_reset), o.dc_reset = given(dc_reset), o.dh_mask = given(dh_mask);
+    o.dpeephole = given(dpeephole), o.dweight_ln_ih = given(dof_input), o.dbias_ln_gates = given(dgate_bias);
+    (haste ? o.dweight_ln_hh : o.dweight_ln_gates) = given(dof_hidden);
+    o.dweight_ln_c = given(dof_cell), o.dbias_ln_c = given(dcell_bias);
   }
 };
-
-struct Data {
-  Numbers x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, grad_y, grad_h_n, grad_c_n;
-  std::vector<std::uint8_t> flags;
-};
-struct Results {
-  Numbers y, h_n, c_n, dx, dh0, dc0, dw_ih, dw_hh, db, dw_hr;
-};
-
-double logistic(double a) { return 1 / (1 + std::exp(-a)); }
-double activate(Activation f, double a) {
-  return f == Activation::kTanh ? std::tanh(a) : f == Activation::kRelu ? std::max(a, 0.0) : logistic(a);
-}
-double slope(Activation f, double a) {
-  const double h = activate(f, a);
-  return f == Activation::kTanh ? 1 - h * h : f == Activation::kRelu ? (a > 0 ? 1 : 0) : h * (1 - h);
-}
-
-// One sequence of the batch at a time, one step at a time, straight from the formulas.
-Results by_loops(const Problem& p, const Data& d) {
-  const int G = p.gates() * p.H;
-  Results r;
-  r.y.assign(p.T * p.B * p.P, 0), r.h_n.assign(p.B * p.P, 0), r.c_n.assign(p.lstm ? p.B * p.H : 0, 0);
-  r.dx.assign(d.x.size(), 0), r.dh0.assign(d.h0.size(), 0), r.dc0.assign(r.c_n.size(), 0);
-  r.dw_ih.assign(d.w_ih.size(), 0), r.dw_hh.assign(d.w_hh.size(), 0), r.db.assign(G, 0),
-      r.dw_hr.assign(d.w_hr.size(), 0);
-  for (int b = 0; b < p.B; ++b) {
-    struct Step {
-      Numbers h_in, c_in, a, c, m;
-    };
-    std::vector<Step> tape(p.T);
-    Numbers h(d.h0.begin() + b * p.P, d.h0.begin() + (b + 1) * p.P);
-    Numbers c = p.lstm ? Numbers(d.c0.begin() + b * p.H, d.c0.begin() + (b + 1) * p.H) : Numbers();
-    for (int s = 0; s < p.T; ++s) {
-      const int t = p.reverse ? p.T - 1 - s : s;
-      const std::uint8_t flag = p.flags ? d.flags[t * p.B + b] : 0;
-      Step& step = tape[t];
-      if (flag & kFlagPadding) continue;
-      if (flag & kFlagReset) std::fill(h.begin(), h.end(), 0.0), std::fill(c.begin(), c.end(), 0.0);
-      step.h_in = h, step.c_in = c;
-      step.a.assign(G, 0);
-      for (int n = 0; n < G; ++n) {
-        if (p.bias) step.a[n] = d.b_ih[n] + d.b_hh[n];
-        for (int i = 0; i < p.I; ++i) step.a[n] += d.w_ih[n * p.I + i] * d.x[(t * p.B + b) * p.I + i];
-        for (int k = 0; k < p.P; ++k) step.a[n] += d.w_hh[n * p.P + k] * h[k];
-      }
-      step.m.assign(p.H, 0);
-      if (p.lstm) {
-        step.c.assign(p.H, 0);
-        for (int u = 0; u < p.H; ++u) {
-          step.c[u] = logistic(step.a[p.H + u]) * c[u] + logistic(step.a[u]) * std::tanh(step.a[2 * p.H + u]);
-          step.m[u] = logistic(step.a[3 * p.H + u]) * std::tanh(step.c[u]);
-        }
-        c = step.c;
-      } else {
-        for (int u = 0; u < p.H; ++u) step.m[u] = activate(p.activation, step.a[u]);
-      }
-      if (p.projected) {
-        for (int k = 0; k < p.P; ++k) {
-          h[k] = 0;
-          for (int u = 0; u < p.H; ++u) h[k] += d.w_hr[k * p.H + u] * step.m[u];
-        }
-      } else {
-        h = step.m;
-      }
-      std::copy(h.begin(), h.end(), r.y.begin() + (t * p.B + b) * p.P);
-    }
-    std::copy(h.begin(), h.end(), r.h_n.begin() + b * p.P);
-    std::copy(c.begin(), c.end(), r.c_n.begin() + b * p.H);
-
-    Numbers dh(d.grad_h_n.begin() + b * p.P, d.grad_h_n.begin() + (b + 1) * p.P);
-    Numbers dc = p.lstm ? Numbers(d.grad_c_n.begin() + b * p.H, d.grad_c_n.begin() + (b + 1) * p.H) : Numbers();
-    for (int s = p.T - 1; s >= 0; --s) {
-      const int t = p.reverse ? p.T - 1 - s : s;
-      const std::uint8_t flag = p.flags ? d.flags[t * p.B + b] : 0;
-      const Step& step = tape[t];
-      if (flag & kFlagPadding) continue;
-      for (int k = 0; k < p.P; ++k) dh[k] += d.grad_y[(t * p.B + b) * p.P + k];
-      Numbers dm = dh;
-      if (p.projected) {
-        dm.assign(p.H, 0);
-        for (int k = 0; k < p.P; ++k)
-          for (int u = 0; u < p.H; ++u) {
-            dm[u] += dh[k] * d.w_hr[k * p.H + u];
-            r.dw_hr[k * p.H + u] += dh[k] * step.m[u];
-          }
-      }
-      Numbers da(G);
-      for (int u = 0; u < p.H; ++u) {
-        if (!p.lstm) {
-          da[u] = dm[u] * slope(p.activation, step.a[u]);
-          continue;
-        }
-        const double i = logistic(step.a[u]), f = logistic(step.a[p.H + u]), g = std::tanh(step.a[2 * p.H + u]);
-        const double o = logistic(step.a[3 * p.H + u]), tanh_c = std::tanh(step.c[u]);
-        const double total = dc[u] + dm[u] * o * (1 - tanh_c * tanh_c);
-        da[u] = total * g * i * (1 - i);
-        da[p.H + u] = total * step.c_in[u] * f * (1 - f);
-        da[2 * p.H + u] = total * i * (1 - g * g);
-        da[3 * p.H + u] = dm[u] * tanh_c * o * (1 - o);
-        dc[u] = flag & kFlagReset ? 0 : total * f;
-      }
-      std::fill(dh.begin(), dh.end(), 0.0);
-      for (int n = 0; n < G; ++n) {
-        r.db[n] += da[n];
-        for (int i = 0; i < p.I; ++i) {
-          r.dx[(t * p.B + b) * p.I + i] += da[n] * d.w_ih[n * p.I + i];
-          r.dw_ih[n * p.I + i] += da[n] * d.x[(t * p.B + b) * p.I + i];
-        }
-        for (int k = 0; k < p.P; ++k) {
-          if (!(flag & kFlagReset)) dh[k] += da[n] * d.w_hh[n * p.P + k];
-          r.dw_hh[n * p.P + k] += da[n] * step.h_in[k];
-        }
-      }
-    }
-    std::copy(dh.begin(), dh.end(), r.dh0.begin() + b * p.P);
-    std::copy(dc.begin(), dc.end(), r.dc0.begin() + b * p.H);
-  }
-  return r;
-}
 
 template <typename Real>
 Results by_kernels(const KernelTable& table, const Problem& p, const Data& d) {
@@ -167,7 +89,10 @@ Results by_kernels(const KernelTable& table, const Problem& p, const Data& d) {
   forward.flags = p.flags ? d.flags.data() : nullptr;
   forward.reverse = p.reverse;
   forward.y = y.data(), forward.h_n = h_n.data(), forward.c_n = c_n.data();
-  forward.c = c.data(), forward.gates = gates.data();
+  Asked<Real> asked(p, d);
+  const bool recompute = asked.options.recompute;
+  forward.c = c.data(), forward.gates = recompute ? nullptr : gates.data();
+  forward.options = p.optional() ? &asked.options : nullptr;
   forward.threads = p.threads;
   (p.lstm ? table.lstm_forward : table.rnn_forward)(forward);
 
@@ -187,6 +112,9 @@ Results by_kernels(const KernelTable& table, const Problem& p, const Data& d) {
   backward.dx = dx.data(), backward.dh0 = dh0.data(), backward.dc0 = dc0.data();
   backward.dw_ih = dw_ih.data(), backward.dw_hh = dw_hh.data(), backward.db = db.data();
   backward.dw_hr = p.projected ? dw_hr.data() : nullptr;
+  asked.options.b_ih = forward.b_ih, asked.options.b_hh = forward.b_hh;
+  backward.options = forward.options;
+  if (recompute) backward.gates = backward.dgates = nullptr;
   backward.threads = p.threads;
   (p.lstm ? table.lstm_backward : table.rnn_backward)(backward);
 
@@ -199,7 +127,13 @@ Results by_kernels(const KernelTable& table, const Problem& p, const Data& d) {
           wide(dw_ih),
           wide(dw_hh),
           wide(db),
-          p.projected ? wide(dw_hr) : Numbers()};
+          p.projected ? wide(dw_hr) : Numbers(),
+          wide(asked.dh_reset),
+          wide(asked.dc_reset),
+          wide(asked.dh_mask),
+          wide(asked.dpeephole),
+          {wide(asked.dof_input), wide(asked.dof_hidden), wide(asked.dgate_bias), wide(asked.dof_cell),
+           wide(asked.dcell_bias)}};
 }
 
 template <typename Real>
@@ -210,11 +144,34 @@ bool check(const KernelTable& table, const Problem& p, const Data& d, const Resu
   const auto compare = [&](const char* name, Numbers Results::*member) {
     right = agrees(name, got.*member, truth.*member, bound, p.describe(), table) && right;
   };
+  const auto compare_norm = [&](const char* name, Numbers NormNumbers::*member) {
+    right = agrees(name, got.dnorm.*member, truth.dnorm.*member, bound, p.describe(), table) && right;
+  };
   compare("y", &Results::y), compare("h_n", &Results::h_n), compare("c_n", &Results::c_n);
   compare("dx", &Results::dx), compare("dh0", &Results::dh0), compare("dc0", &Results::dc0);
   compare("dw_ih", &Results::dw_ih), compare("dw_hh", &Results::dw_hh), compare("db", &Results::db);
-  compare("dw_hr", &Results::dw_hr);
+  compare("dw_hr", &Results::dw_hr), compare("dh_reset", &Results::dh_reset), compare("dc_reset", &Results::dc_reset);
+  compare("dh_mask", &Results::dh_mask), compare("dpeephole", &Results::dpeephole);
+  compare_norm("dweight_ln of input", &NormNumbers::of_input);
+  compare_norm("dweight_ln of hidden", &NormNumbers::of_hidden);
+  compare_norm("dbias_ln_gates", &NormNumbers::gate_bias);
+  compare_norm("dweight_ln_c", &NormNumbers::of_cell), compare_norm("dbias_ln_c", &NormNumbers::cell_bias);
   return right;
+}
+
+void draw_options(Problem& p, std::mt19937& random) {
+  const auto one_of = [&](unsigned n) { return random() % n == 0; };
+  p.reset_state = p.flags && one_of(2), p.reset_per_step = p.reset_state && one_of(2);
+  p.h_mask = one_of(2), p.recompute = one_of(2);
+  p.grad_clip = one_of(3) ? 0.7 : 0;
+  if (!p.lstm) return;
+  p.norm = one_of(2) ? (one_of(2) ? Norm::kHaste : Norm::kTorchaudio) : Norm::kNone;
+  p.peephole = p.norm == Norm::kNone && one_of(2);
+  p.zoneout = one_of(3);
+  p.zoneout_rate = !p.zoneout && one_of(2) ? 0.25 : 0;
+  p.cell_clip = one_of(3) ? 0.4 : 0;
+  // Of a few numbers the variance may be next to nothing, and then their normalisation multiplies every rounding.
+  if (p.norm != Norm::kNone) p.H += 8, p.P += p.projected ? 0 : 8;
 }
 
 Problem draw_problem(std::mt19937& random) {
@@ -226,6 +183,7 @@ Problem draw_problem(std::mt19937& random) {
   p.T = 1 + below(9), p.B = 1 + below(below(2) ? 30 : 4), p.I = 1 + below(40), p.H = 1 + below(below(2) ? 90 : 20);
   p.P = p.projected ? 1 + below(50) : p.H;
   p.threads = 1 + below(4);
+  if (below(2)) draw_options(p, random);
   return p;
 }
 
@@ -244,6 +202,19 @@ Data draw_data(const Problem& p, std::mt19937& random) {
     for (int t = 0; t < p.T; ++t)
       d.flags[t * p.B + b] = t >= length ? kFlagPadding : random() % 4 == 0 ? kFlagReset : std::uint8_t{0};
   }
+  const int reset_rows = p.reset_state ? (p.reset_per_step ? p.T : 1) * p.B : 0;
+  d.h_reset = draw(reset_rows * p.P, 1), d.c_reset = draw(p.lstm ? reset_rows * p.H : 0, 1);
+  d.peephole = draw(p.peephole ? 3 * p.H : 0, 0.5);
+  d.h_mask = draw(p.h_mask ? p.B * p.P : 0, 1);
+  for (double& m : d.h_mask) m = m > 0 ? 1.25 : 0;
+  for (auto [mask, width] : {std::pair{&d.zoneout_h, p.P}, {&d.zoneout_c, p.H}}) {
+    mask->resize(p.zoneout ? p.T * p.B * width : 0);
+    for (std::uint8_t& keep : *mask) keep = random() % 3 == 0;
+  }
+  d.norm.of_input = draw(p.norm == Norm::kHaste ? G : 0, 0.5);
+  d.norm.of_hidden = draw(p.norm != Norm::kNone ? G : 0, 0.5);
+  d.norm.gate_bias = draw(p.norm == Norm::kTorchaudio ? G : 0, 0.5);
+  d.norm.of_cell = draw(p.norm != Norm::kNone ? p.H : 0, 1), d.norm.cell_bias = draw(d.norm.of_cell.size(), 0.5);
   return d;
 }
 
@@ -255,9 +226,10 @@ int main(int argc, char** argv) {
   std::mt19937 random(seed);
   int failed = 0;
   for (int i = 0; i < problems; ++i) {
-    const Problem p = draw_problem(random);
+    Problem p = draw_problem(random);
     const Data d = draw_data(p, random);
-    const Results truth = by_loops(p, d);
+    Results truth = by_loops(p, d);
+    while (truth.margin < 1e-5) p.cell_clip *= 1.01, truth = by_loops(p, d);
     for (const KernelTable* table : runnable_kernels())
       failed += !check<float>(*table, p, d, truth) + !check<double>(*table, p, d, truth);
     const ClusterProblem c = draw_cluster_problem(random);

@@ -206,10 +206,11 @@ def lstm_bwd(
     return results
 
 
-# The operation with options: its arguments are those above, the tensors of fastseq.reference.lstm.Options but for those
-# of layer normalisation (fastseq.ops.dispatch.SERVED), and the settings.
+# The operation with options: its arguments are those above, the tensors of fastseq.reference.lstm.Options, and the
+# settings.
 
 _PLAIN, _TENSORS = 9, 12
+_NORMS = "weight_ln_ih", "weight_ln_hh", "weight_ln_gates", "bias_ln_gates", "weight_ln_c", "bias_ln_c"
 
 
 def _options(x: Tensor, h0: Tensor, c0: Tensor, tensors: Any, rates: Any, cell_clip: Any) -> Given:
@@ -217,8 +218,7 @@ def _options(x: Tensor, h0: Tensor, c0: Tensor, tensors: Any, rates: Any, cell_c
     steps, batch = x.shape[:2]
     hidden, outputs = c0.shape[1], h0.shape[1]
     h_reset, c_reset, h_mask, zoneout_h, zoneout_c, peephole, *norm = tensors
-    if any(value is not None for value in norm):
-        raise ValueError("the kernels of lstm do not serve layer_norm yet")
+    norms = dict(zip(_NORMS, norm, strict=True))
 
     def rows(state: Tensor | None) -> int:
         return steps if per_step(state) else 1
@@ -231,6 +231,8 @@ def _options(x: Tensor, h0: Tensor, c0: Tensor, tensors: Any, rates: Any, cell_c
             ("zoneout_h", zoneout_h, (steps, batch, outputs), torch.bool),
             ("zoneout_c", zoneout_c, (steps, batch, hidden), torch.bool),
             ("peephole", peephole, (3, hidden), x.dtype),
+            *((name, norms[name], (4 * hidden,), x.dtype) for name in _NORMS[:4]),
+            *((name, norms[name], (hidden,), x.dtype) for name in _NORMS[4:]),
         )
     )
     return {
@@ -245,6 +247,7 @@ def _options(x: Tensor, h0: Tensor, c0: Tensor, tensors: Any, rates: Any, cell_c
         "zoneout_c_rate": rates[1],
         "peephole": peephole,
         "cell_clip": cell_clip,
+        **norms,
     }
 
 
@@ -264,20 +267,24 @@ def lstm_options_bwd(*args: Any, overwrite: bool = False) -> tuple[Tensor, ...]:
     inputs, tensors, rest = rest[:_PLAIN], rest[_PLAIN : _PLAIN + _TENSORS], rest[_PLAIN + _TENSORS :]
     tape, (reverse, rate_h, rate_c, cell_clip, grad_clip, recompute, needs) = rest[:3], rest[3:]
     x, h0, c0, _, w_hh, b_ih, b_hh = inputs[:7]
-    h_reset, c_reset, h_mask, _, _, peephole, *_ = tensors
+    h_reset, c_reset, h_mask, _, _, peephole, *norms = tensors
     options = dict(_options(x, h0, c0, tensors, (rate_h, rate_c), cell_clip))
     c_shape, gates_shape = tape_shapes(x.shape[0], x.shape[1], w_hh.shape[0] // 4)
     wide = accumulate_dtype(x.dtype)
     expect((("grad_c", grad_c, c_shape, wide), ("grad_gates", grad_gates, gates_shape, wide)))
     options |= {"grad_clip": grad_clip, "grad_c": grad_c, "grad_gates": grad_gates}
+    if any(value is not None for value in norms):
+        recompute, tape = True, (*tape[:2], x.new_empty(0, dtype=wide))  # its kernel never reads the gates
     if recompute:
         options |= {"recompute": True, "b_ih": b_ih, "b_hh": b_hh}
     dh_reset, dc_reset = (reset_gradient(needs & NEEDS_RESET, rows, x) for rows in (h_reset, c_reset))
     dh_mask, dpeephole = new_gradients(((needs & NEEDS_MASK, h_mask), (needs & NEEDS_WEIGHTS, peephole)), x)
+    dnorms = new_gradients(((needs & NEEDS_WEIGHTS, value) for value in norms), x)
     options |= {"dh_reset": dh_reset, "dc_reset": dc_reset, "dh_mask": dh_mask, "dpeephole": dpeephole}
+    options |= {f"d{name}": value for name, value in zip(_NORMS, dnorms, strict=True)}
     given: Any = (*arriving, *inputs, *tape, reverse, needs)
     results = lstm_bwd(*given, overwrite=overwrite, options=options, recompute=recompute)
-    of_options = [dh_reset, dc_reset, dh_mask, dpeephole]
+    of_options = [dh_reset, dc_reset, dh_mask, dpeephole, *dnorms]
     if x.shape[1] == 0:
         of_options = [gradient.zero_() for gradient in of_options]
-    return (*results, *of_options, *(x.new_empty(0) for _ in range(6)))
+    return (*results, *of_options)

@@ -235,7 +235,8 @@ class LSTM(LSTMForward, RecurrentBase):
         layer_norm: None, ``"haste"`` or ``"torchaudio"``: two forms in use, named after their libraries, eps 1e-5.
         cell_clip: clips the cell state to ±cell_clip. In ``"torchaudio"`` before its normalisation.
         grad_clip: clips dL/dh_t elementwise to ±grad_clip at every step of backpropagation through time.
-        recompute: whether the backward makes the gates again, instead of keeping them in memory.
+        recompute: whether the backward makes the gates again, instead of keeping them in memory. With ``layer_norm`` it
+            always does.
 
     Parameters beyond torch's, one set per layer and direction, with its suffix (``_l0``, ``_l0_reverse``, …):
         - peephole: ``weight_peephole`` [3, H], rows i, f, o; i and f see c_{t-1}, o sees c_t. Not with layer_norm,

@@ -48,7 +48,7 @@ OPTIONS = {
 #: Which options the kernels of each implementation serve; the one place to enter an option that they have learnt.
 #: ``grad_clip``, ``recompute`` and ``return_states`` are about the backward: without gradients they use none.
 SERVED = {
-    ("cpp", "lstm"): frozenset(OPTIONS["lstm"]) - {"layer_norm"},
+    ("cpp", "lstm"): frozenset(OPTIONS["lstm"]),
     ("cpp", "rnn"): frozenset(OPTIONS["rnn"]),
     ("triton", "lstm"): frozenset(("lengths", "reset", "h_mask", "zoneout", "peephole")),
     ("triton", "rnn"): frozenset(("lengths", "reset", "h_mask")),

@@ -197,6 +197,10 @@ def layer(
         raise ValueError("recompute: expected False with return_states, which returns the gates that it would not keep")
     hidden = c0.shape[1]
     extra = _checked(options or Options(), dtype, x, h0.shape[1], hidden)
+    if options is not None and options.weight_ln_c is not None and not return_states:
+        # A backward through layer normalisation needs the sums before it, up to twice as many numbers as the gates: it
+        # makes them again, and the gates with them.
+        recompute = True
     given = x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, flags, *extra[:-4], reverse, *extra[-4:], recompute, return_states
     y, h_n, c_n, c, gates = _options_fwd(*given)
     return (y, h_n, c_n, *states_of(c, gates, hidden, flags, x.dtype)) if return_states else (y, h_n, c_n)
