@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy
 
 TARGET_SECONDS = 0.02  # how long one sample lasts at least, by repeating the call
-SETTLE_SECONDS = 0.04  # a pause between samples of different thread pools: onnxruntime spins for 30 ms after a call
+# How long calls of another thread pool than the last run untimed: onnxruntime's threads spin for 30 ms after a call.
+SETTLE_SECONDS = 0.12
 LEAST_ROUNDS = 5
 
 
@@ -35,6 +36,14 @@ def elapsed(call: Callable[[], object], repeats: int = 1) -> float:
     return (time.perf_counter() - start) / repeats
 
 
+def settle(call: Callable[[], object]) -> None:
+    """Calls, once at least, for ``SETTLE_SECONDS``."""
+    start = time.perf_counter()
+    call()
+    while time.perf_counter() - start < SETTLE_SECONDS:
+        call()
+
+
 def interleaved(
     calls: Mapping[str, Callable[[], object]],
     rounds: int,
@@ -45,9 +54,10 @@ def interleaved(
 ) -> dict[str, list[float]]:
     """Times the calls in turn, ``rounds`` times, in an order that is reversed from one round to the next.
 
-    Each sample repeats its call as often as makes it last ``TARGET_SECONDS``. Where the thread pool changes there is a
-    pause first, in which the threads of the last one stop spinning, since two pools on the same cores slow each other
-    down. A whole sample is then run that is not timed, since threads that wake together may share a core for a while.
+    Each sample repeats its call as often as makes it last ``TARGET_SECONDS``. Where the thread pool changes, calls that
+    are not timed go before it for ``SETTLE_SECONDS``: the threads of the last pool spin on at first, and two pools on the
+    same cores slow each other down. A pause would do for that, but then the cores are idle, and threads that wake
+    together may share a core, or a virtual machine's two cores a real one, for more than 60 ms.
 
     Args:
         calls: what to time, by name; each has been called before.
@@ -78,9 +88,7 @@ def interleaved(
         for name in order:
             if pools.get(name) != pool:
                 pool = pools.get(name)
-                time.sleep(SETTLE_SECONDS)
-                if repeats[name] > 1:
-                    elapsed(calls[name], repeats[name])
+                settle(calls[name])
             samples[name].append(elapsed(calls[name], repeats[name]))
         advance(1 / rounds)
     return samples
