@@ -146,3 +146,19 @@ def test_a_thread_whose_partner_has_no_core_gives_way() -> None:
     )
     one, two = map(float, result.stdout.split())
     assert two < 5 * one + 0.1, (one, two)
+
+
+@pytest.mark.parametrize("layer_norm", ["haste", "torchaudio"])
+def test_normalised_rows_wait_for_the_chunk_before(layer_norm: str) -> None:
+    """A row of a normalised step reads what other threads projected, which they must not overwrite too soon."""
+    layer, x = fastseq.LSTM(256, 256, layer_norm=layer_norm), torch.randn(48, 32, 256)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        with torch.no_grad():
+            expected = layer(x)[0]
+            torch.set_num_threads(2)
+            wrong = [n for n in range(40) if not torch.equal(layer(x)[0], expected)]
+    finally:
+        torch.set_num_threads(before)
+    assert not wrong

@@ -148,6 +148,8 @@ class RecurrentForward {
     for (int64_t first = 0; first < p_.T; first += chunk_) {
       const int64_t last = first + chunk_ < p_.T ? first + chunk_ : p_.T;
       const int64_t begin = p_.reverse ? clock_.time(last - 1) : first;  // in time
+      // Another member may still read the gates of the chunk before, where a step reads those of all units.
+      for (int64_t tile = team.tiles.begin; tile < team.tiles.end; ++tile) team.await(tile, phase);
       projection(begin, begin + last - first);
       for (int64_t step = first; step < last; ++step) {
         through(team, step, begin, phase);
