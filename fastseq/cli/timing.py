@@ -55,8 +55,8 @@ def interleaved(
     """Times the calls in turn, ``rounds`` times, in an order that is reversed from one round to the next.
 
     Each sample repeats its call as often as makes it last ``TARGET_SECONDS``. Where the thread pool changes, calls that
-    are not timed go before it for ``SETTLE_SECONDS``: the threads of the last pool spin on at first, and two pools on the
-    same cores slow each other down. A pause would do for that, but then the cores are idle, and threads that wake
+    are not timed go before it for ``SETTLE_SECONDS``: the threads of the last pool spin on at first, and two pools on
+    the same cores slow each other down. A pause would do for that, but then the cores are idle, and threads that wake
     together may share a core, or a virtual machine's two cores a real one, for more than 60 ms.
 
     Args:
