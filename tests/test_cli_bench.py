@@ -155,18 +155,30 @@ def test_interleaved_rounds_alternate(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "".join(order) == "ab" + "ab" + "ba" + "ab" + "ba"
 
 
-def test_interleaved_wakes_each_pool(monkeypatch: pytest.MonkeyPatch) -> None:
-    runs: list[tuple[str, int]] = []
+def test_interleaved_settles_each_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    settled: list[str] = []
+    timed: list[tuple[str, int]] = []
 
     def elapsed(call: Callable[[], str], repeats: int = 1) -> float:
-        runs.append((call(), repeats))
+        timed.append((call(), repeats))
         return timing.TARGET_SECONDS / 3
 
     monkeypatch.setattr(timing, "elapsed", elapsed)
+    monkeypatch.setattr(timing, "settle", lambda call: settled.append(call()))
     calls = {name: lambda name=name: name for name in "abc"}
     timing.interleaved(calls, 1, pools={"a": "one", "b": "one", "c": "two"})
-    # Where the pool changes, a sample of three calls runs once more before it is timed.
-    assert [name for name, repeats in runs if repeats == 3] == ["a", "a", "b", "c", "c"]
+    assert settled == ["a", "c"]
+    assert [name for name, repeats in timed if repeats == 3] == ["a", "b", "c"]
+
+
+def test_settling_calls_for_as_long_as_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    timing.settle(lambda: calls.append(1))  # no time: once
+    monkeypatch.setattr(timing, "SETTLE_SECONDS", 0.02)
+    start = time.perf_counter()
+    timing.settle(lambda: calls.append(1))
+    assert time.perf_counter() - start >= 0.02
+    assert len(calls) > 2
 
 
 def test_long_calls_get_fewer_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
