@@ -77,10 +77,13 @@ FASTSEQ_INLINE void store_vectors(BFloat16* row, int64_t first, int count, const
   }
 }
 
-// Rows of a block up to the last that is no padding; flags may be null.
-inline int rows_to_multiply(const uint8_t* flags, int rows) {
+// Rows of a block of `height` that are worth a product, up to the last that is no padding; the sums of the others are
+// zero. Flags may be null.
+inline int rows_to_multiply(const uint8_t* flags, int height, float* sums) {
+  int rows = height;
   if (flags)
     while (rows > 0 && flags[rows - 1] & kFlagPadding) --rows;
+  if (rows < height) clear_sums(sums);
   return rows;
 }
 
@@ -146,12 +149,10 @@ class SplitForward : public RecurrentForward<Cell, float, kFlags> {
  private:
   void steps_on_vectors(int thread, int threads) {
     const Team team = Base::team_of(thread, threads);
-    const Range units = team.slice(vectors_);
-    if (!team.idle()) {
-      Base::pack_recurrent(team);
-      pack_units<Cell>(p_.w_ih, p_.H, p_.I, units, w_);
-    }
     if (team.idle()) return;
+    const Range units = team.slice(vectors_);
+    Base::pack_recurrent(team);
+    pack_units<Cell>(p_.w_ih, p_.H, p_.I, units, w_);
     BF16Unit<float> unit;
     BFloat16* staged = staged_ + thread * chunk_ * p_.B * x_stride_;
     Base::run_chunks(team, [&](int64_t begin, int64_t end) {
@@ -300,12 +301,9 @@ class SplitForward : public RecurrentForward<Cell, float, kFlags> {
                 {},
                 {sums, kSumsStride, kTileColumns}});
   }
-  // Rows of a block that are worth a product; the sums of the others are zero.
   int rows_of(int64_t step, int64_t block, float* sums) const {
-    if (!kFlags) return blocks_.height(block);
-    const int rows = rows_to_multiply(flags_ + clock_.time(step) * p_.B + blocks_.first(block), blocks_.height(block));
-    if (rows < blocks_.height(block)) clear_sums(sums);
-    return rows;
+    const uint8_t* flags = kFlags ? flags_ + clock_.time(step) * p_.B + blocks_.first(block) : nullptr;
+    return rows_to_multiply(flags, blocks_.height(block), sums);
   }
 
   bool in_tiles_;
@@ -385,8 +383,9 @@ class SplitBackward : public RecurrentBackward<Cell, float, kFlags> {
                                  weight_bytes(p_, Cell::kGates, p_.P), progress_, progress_stride_, kSplitResidentBytes)
                           : Base::team_of(thread, threads);
     const Range share = split(vectors_, threads, thread);
-    if (!in_tiles_) Base::pack_recurrent(team);
-    if (in_tiles_)
+    if (!in_tiles_)
+      Base::pack_recurrent(team);
+    else
       pack_columns_from_matrix(static_cast<const float*>(p_.w_hh), Cell::kGates, p_.H, p_.P,
                                split(out_vectors_, threads, thread), numbers_, r_);
     if (in_tiles_ && p_.w_hr)
@@ -518,9 +517,8 @@ class SplitBackward : public RecurrentBackward<Cell, float, kFlags> {
   // dgates_{t+1} R for a block; there is none at the last step, and none on padding.
   void begin_product(BF16Unit<float>& unit, int64_t step, const Panel& panel, int64_t block, float* sums) const {
     const int64_t row = blocks_.first(block);
-    int rows = step == p_.T - 1 ? 0 : blocks_.height(block);
-    if (kFlags && rows > 0) rows = rows_to_multiply(flags_ + clock_.time(step + 1) * p_.B + row, rows);
-    if (rows < blocks_.height(block)) clear_sums(sums);
+    if (step == p_.T - 1) return clear_sums(sums);
+    const int rows = rows_of(step + 1, block, sums);
     if (rows == 0) return;
     unit.begin(
         {rows,
@@ -573,9 +571,7 @@ class SplitBackward : public RecurrentBackward<Cell, float, kFlags> {
   // dL/dh_t W_hr for a block.
   void begin_projection(BF16Unit<float>& unit, int64_t step, const Panel& panel, int64_t block, float* sums) const {
     const int64_t row = blocks_.first(block), numbers = vector_numbers<float>(p_.P);
-    int rows = blocks_.height(block);
-    if (kFlags) rows = rows_to_multiply(flags_ + clock_.time(step) * p_.B + row, rows);
-    if (rows < blocks_.height(block)) clear_sums(sums);
+    const int rows = rows_of(step, block, sums);
     if (rows == 0) return;
     unit.begin({rows,
                 panel.vectors,
@@ -585,6 +581,10 @@ class SplitBackward : public RecurrentBackward<Cell, float, kFlags> {
                 {numbers, 0},
                 {},
                 {sums, kSumsStride, kTileColumns}});
+  }
+  int rows_of(int64_t step, int64_t block, float* sums) const {
+    const uint8_t* flags = kFlags ? flags_ + clock_.time(step) * p_.B + blocks_.first(block) : nullptr;
+    return rows_to_multiply(flags, blocks_.height(block), sums);
   }
   void initial(BF16Unit<float>& unit, const float* sums, const Panel& panel, int64_t block) const {
     finish_rows<false>(Base::initial_op(blocks_.first(block), panel.first * kTileColumns), blocks_.height(block),

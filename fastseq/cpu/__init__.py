@@ -49,7 +49,17 @@ def isas() -> list[str]:
 
 
 @contextlib.contextmanager
-def use_isa(name: str) -> Iterator[None]:
+def _setting(write: str, read: str, value: object) -> Iterator[None]:
+    """A setting of the extension has ``value`` inside the ``with`` block, in every thread of the process."""
+    before = getattr(_cpu, read)()
+    getattr(_cpu, write)(value)
+    try:
+        yield
+    finally:
+        getattr(_cpu, write)(before)
+
+
+def use_isa(name: str) -> contextlib.AbstractContextManager[None]:
     """Run the C++ kernels with instruction set ``name`` inside the ``with`` block, in every thread of the process.
 
     Raises:
@@ -57,26 +67,14 @@ def use_isa(name: str) -> Iterator[None]:
     """
     if _cpu is None:
         raise RuntimeError(why_unavailable())
-    before = _cpu.isa()
-    _cpu.use_isa(name)
-    try:
-        yield
-    finally:
-        _cpu.use_isa(before)
+    return _setting("use_isa", "isa", name)
 
 
-@contextlib.contextmanager
-def use_split_rows(rows: int) -> Iterator[None]:
+def use_split_rows(rows: int) -> contextlib.AbstractContextManager[None]:
     """From a batch of ``rows`` on, let the instruction set amx make the products of a float32 step of bfloat16 terms.
 
     For tests: with 1 small cases reach those kernels too. It has no effect on other instruction sets and dtypes.
     """
-    if _cpu is None or not hasattr(_cpu, "set_split_rows"):  # another architecture
-        yield
-        return
-    before = _cpu.split_rows()
-    _cpu.set_split_rows(rows)
-    try:
-        yield
-    finally:
-        _cpu.set_split_rows(before)
+    if not hasattr(_cpu, "set_split_rows"):  # another architecture
+        return contextlib.nullcontext()
+    return _setting("set_split_rows", "split_rows", rows)
