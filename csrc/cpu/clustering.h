@@ -19,6 +19,8 @@ namespace {
 // Features of a register tile of the gradients, with kPointVectors vectors each, and centres between two reductions.
 constexpr int kTileFeatures = kTileRows == 6 ? 4 : 2;
 constexpr int kReduceCenters = 16;
+// Centres whose share of dz is added up by itself: one chain over 100,000 centres would round too often.
+constexpr int64_t kSumCenters = 64 * kReduceCenters;
 
 constexpr int64_t kMostBlocks = 64, kFewestBlocks = 8;
 constexpr int64_t kBlockBytes = int64_t{16} << 20;     // what all blocks' sums may take together
@@ -49,6 +51,7 @@ class Clustering {
     const int64_t feature_numbers = p_.d * kGroupStride<Real>, center_numbers = p_.K * kGroupStride<Real>;
     points_ = carver.take<Real>(threads_ * stretch_ * feature_numbers);
     gradient_ = carver.take<Real>(gradients_ ? threads_ * stretch_ * feature_numbers : 0);
+    gradient_totals_ = carver.take<Real>(gradients_ && p_.K > kSumCenters ? threads_ * stretch_ * feature_numbers : 0);
     weights_ = carver.take<Real>(threads_ * stretch_ * center_numbers);
     distances_ = carver.take<Real>(kUnitAlpha ? 0 : threads_ * center_numbers);
     given_ = carver.take<Real>(p_.task != ClusterTask::kAssign ? threads_ * center_numbers : 0);
@@ -96,6 +99,8 @@ class Clustering {
     Stretch s{};
     s.points = points_ + thread * stretch_ * feature_numbers;
     s.gradient = gradients_ ? gradient_ + thread * stretch_ * feature_numbers : nullptr;
+    s.gradient_totals =
+        gradients_ && p_.K > kSumCenters ? gradient_totals_ + thread * stretch_ * feature_numbers : nullptr;
     s.weights = weights_ + thread * stretch_ * center_numbers;
     s.sums = p_.dcenters ? sums_of(block) : nullptr;
     if (s.sums) memset(s.sums, 0, static_cast<size_t>(sum_stride()) * sizeof(Real));
@@ -110,18 +115,23 @@ class Clustering {
         losses_[block] += weigh(group, s.points + i * feature_numbers, (first + i) * kGroupPoints<Real>);
       }
       if (!gradients_) continue;
-      memset(s.gradient, 0, static_cast<size_t>(s.groups * feature_numbers) * sizeof(Real));
+      const int64_t numbers = s.groups * feature_numbers;
+      memset(s.gradient, 0, static_cast<size_t>(numbers) * sizeof(Real));
+      if (s.gradient_totals) memset(s.gradient_totals, 0, static_cast<size_t>(numbers) * sizeof(Real));
       for (int64_t j = 0; j < p_.K; j += kReduceCenters) {
+        if (s.gradient_totals && j % kSumCenters == 0) move_to_totals(s, numbers);
         const int centers = static_cast<int>(p_.K - j < kReduceCenters ? p_.K - j : kReduceCenters);
         int64_t k = 0;
         for (; k + kTileFeatures <= p_.d; k += kTileFeatures) gradient_tile<kTileFeatures>(s, j, centers, k);
         if (kTileFeatures == 4 && k + 2 <= p_.d) gradient_tile<2>(s, j, centers, k), k += 2;
         if (k < p_.d) gradient_tile<1>(s, j, centers, k);
       }
+      if (s.gradient_totals) move_to_totals(s, numbers);
+      const Real* gradient = s.gradient_totals ? s.gradient_totals : s.gradient;
       if (p_.dz)
         for (int64_t i = 0; i < s.groups; ++i)
-          store_group(p_.gradient_storage, s.gradient + i * feature_numbers, (first + i) * kGroupPoints<Real>, p_.N,
-                      p_.d, p_.dz);
+          store_group(p_.gradient_storage, gradient + i * feature_numbers, (first + i) * kGroupPoints<Real>, p_.N, p_.d,
+                      p_.dz);
     }
   }
 
@@ -168,9 +178,18 @@ class Clustering {
 
   struct Stretch {
     Real *points, *gradient, *weights;
-    Real* sums;  // [K, d], or null
+    Real* gradient_totals;  // like gradient, for more than kSumCenters centres, or null
+    Real* sums;             // [K, d], or null
     int64_t groups;
   };
+
+  // Adds the gradient that some centres gave to the totals, and begins anew.
+  static void move_to_totals(const Stretch& s, int64_t numbers) {
+    for (int64_t at = 0; at < numbers; at += kLanes<Real>) {
+      store(s.gradient_totals + at, load(s.gradient_totals + at) + load(s.gradient + at));
+      store(s.gradient + at, broadcast(Real(0)));
+    }
+  }
 
   // Both gradients of some centres and kFeatures features over all groups of a stretch.
   template <int kFeatures>
@@ -249,7 +268,8 @@ class Clustering {
   int64_t groups_, stretch_ = 1, blocks_ = 1;
   int threads_ = 1;
   const Real* centers_ = nullptr;
-  Real *points_ = nullptr, *gradient_ = nullptr, *weights_ = nullptr, *distances_ = nullptr, *given_ = nullptr;
+  Real *points_ = nullptr, *gradient_ = nullptr, *gradient_totals_ = nullptr, *weights_ = nullptr,
+       *distances_ = nullptr, *given_ = nullptr;
   Real *packed_ = nullptr, *inverse_frequencies_ = nullptr, *sums_ = nullptr;
   double* losses_ = nullptr;
   int64_t* next_ = nullptr;
