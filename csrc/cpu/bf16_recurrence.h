@@ -287,7 +287,7 @@ class BF16RecurrentBackward {
       packed_ = carver.take<BFloat16>(threads_ * packed_stride_);
       sums_ = carver.take<float>(all * WeightGradient::sums_stride(Cell::kGates, p_.H));
     }
-    if (p_.db) db_ = carver.take<float>(batch_.count() * Cell::kGates * width_);
+    if (p_.db) db_.place(carver, p_.T, batch_.count(), Cell::kGates, width_);
     progress_stride_ = round_up(batch_.count(), 8);
     progress_ = carver.take<int64_t>(threads_ * progress_stride_);
   }
@@ -299,7 +299,7 @@ class BF16RecurrentBackward {
       load_rows<float>(p_.storage, p_.c0, p_.H, c0_, width_, p_.B, p_.H);
     }
     if (last_) load_rows<float>(p_.storage, p_.grad_h_n, p_.H, last_, width_, p_.B, p_.H);
-    if (db_) memset(db_, 0, static_cast<size_t>(batch_.count() * Cell::kGates * width_) * sizeof(float));
+    db_.clear();
   }
 
   void work(int thread, int threads) {
@@ -336,7 +336,7 @@ class BF16RecurrentBackward {
 
   void finish() const {
     if (Cell::kHasC && p_.dc0) store_rows<float>(p_.storage, dc_, width_, p_.dc0, p_.H, p_.B, p_.H);
-    if (db_) store_bias_gradient<float>(p_.storage, db_, batch_.count(), Cell::kGates, p_.H, width_, p_.db);
+    db_.store_total(p_.storage, p_.H, p_.db);
   }
 
  private:
@@ -402,7 +402,7 @@ class BF16RecurrentBackward {
                     Cell::kHasC ? c_at(step - 1) + state : nullptr,
                     Cell::kHasC ? dc_ + state : nullptr,
                     width_,
-                    db_ ? db_ + tile * Cell::kGates * width_ + column : nullptr},
+                    db_ ? db_.at(step, tile) + column : nullptr},
                    [&] { unit.advance(steps); });
   }
   void initial(const float* sums, const Panel& panel, int64_t tile) const {
@@ -420,7 +420,8 @@ class BF16RecurrentBackward {
   int threads_;
   BFloat16 *r_ = nullptr, *w_ = nullptr, *packed_ = nullptr;
   char* columns_ = nullptr;
-  float *dc_ = nullptr, *c0_ = nullptr, *last_ = nullptr, *sums_ = nullptr, *db_ = nullptr;
+  float *dc_ = nullptr, *c0_ = nullptr, *last_ = nullptr, *sums_ = nullptr;
+  StepSums<float> db_;
   int64_t packed_stride_ = 0, progress_stride_ = 0;
   int64_t* progress_ = nullptr;
   Barrier barrier_;

@@ -193,15 +193,43 @@ struct WeightGradient {
   }
 };
 
-// db from the sums of each batch tile, in the order of the tiles: [tiles][gates * padded] to [gates * H].
+// Sums over all steps and the whole batch, as the gradient of a bias is one: [gates * padded] numbers for every part of
+// the batch and up to kSteps steps, and these added up in pairs, pairs of pairs and so on. One chain over a long
+// sequence or a large batch would round too often.
 template <typename Real>
-void store_bias_gradient(Storage storage, Real* sums, int64_t tiles, int64_t gates, int64_t H, int64_t padded,
-                         void* db) {
-  const int64_t all = gates * padded;
-  for (int64_t tile = 1; tile < tiles; ++tile)
-    for (int64_t n = 0; n < all; n += kLanes<Real>) store(sums + n, load(sums + n) + load(sums + tile * all + n));
-  store_rows<Real>(storage, sums, padded, db, H, gates, H);
-}
+class StepSums {
+ public:
+  static constexpr int64_t kSteps = 64;
+
+  // For T steps of a batch in `parts`.
+  void place(Carver& carver, int64_t T, int64_t parts, int64_t gates, int64_t padded) {
+    parts_ = parts, gates_ = gates, padded_ = padded, count_ = divide_up(T, kSteps) * parts;
+    sums_ = carver.take<Real>(count_ * gates * padded);
+  }
+  explicit operator bool() const { return sums_ != nullptr; }
+
+  void clear() const {
+    if (sums_) memset(sums_, 0, static_cast<size_t>(count_ * gates_ * padded_) * sizeof(Real));
+  }
+  // Where a part of the batch adds what a step gives: [gates][padded], or null where nobody asked for these sums.
+  Real* at(int64_t step, int64_t part) const {
+    return sums_ ? sums_ + (step / kSteps * parts_ + part) * gates_ * padded_ : nullptr;
+  }
+  // The total, [gates * H]; the sums are used up.
+  void store_total(Storage storage, int64_t H, void* to) const {
+    if (!sums_ || !to) return;
+    const int64_t all = gates_ * padded_;
+    for (int64_t apart = 1; apart < count_; apart *= 2)
+      for (int64_t i = 0; i + apart < count_; i += 2 * apart)
+        for (int64_t n = i * all; n < (i + 1) * all; n += kLanes<Real>)
+          store(sums_ + n, load(sums_ + n) + load(sums_ + n + apart * all));
+    store_rows<Real>(storage, sums_, padded_, to, H, gates_, H);
+  }
+
+ private:
+  Real* sums_ = nullptr;
+  int64_t parts_ = 0, gates_ = 0, padded_ = 0, count_ = 0;
+};
 
 // Adds the chunks of one panel's product to a block that stays in cache, since a chain over all gates would be too long
 // and a panel of all gates does not fit the first-level cache.

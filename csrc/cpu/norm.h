@@ -214,23 +214,13 @@ struct NormCellRow {
   FASTSEQ_INLINE Vec<Real> before(int64_t n) const { return cell_before(extra, flags, c_before, n); }
 };
 
-// The gradients of the learned numbers, summed over time for each row of the batch: [B, 4, width] or [B, width]. Null
-// where they are not wanted.
+// Where a row adds what it gives to the gradients of the learned numbers: [4, width] or [width]. Null where they are
+// not wanted.
 template <typename Real>
 struct NormSums {
   Real *of_gates[kParts] = {}, *gate_bias = nullptr, *bias = nullptr;  // bias: torchaudio's b_ih + b_hh
   Real *of_cell = nullptr, *cell_bias = nullptr;
 
-  NormSums of_row(int64_t b, int64_t width) const {
-    if (!of_cell) return *this;
-    NormSums row = *this;
-    for (Real*& each : row.of_gates)
-      if (each) each += b * kGates * width;
-    row.gate_bias += b * kGates * width;
-    if (bias) row.bias += b * kGates * width;
-    row.of_cell += b * width, row.cell_bias += b * width;
-    return row;
-  }
   static FASTSEQ_INLINE void add(Real* sum, Vec<Real> value) { store(sum, load(sum) + value); }
 };
 

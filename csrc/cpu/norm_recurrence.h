@@ -80,28 +80,26 @@ class NormBackward : public RecurrentBackward<LstmCell, Real, kWithOptions> {
 
   void place(Carver& carver) {
     Base::place(carver);
-    db_ = nullptr;  // here the sums of rows give it
+    db_ = {};  // here the sums of rows give it
     norm_.place(carver, *p_.options, p_.H);
-    const int64_t rows = chunk_ * p_.B * gates_stride_, of_gates = p_.B * kGates * width_;
+    const int64_t rows = chunk_ * p_.B * gates_stride_;
     of_hidden_ = carver.take<Real>(rows);
     if (norm_.haste) of_input_ = carver.take<Real>(rows);
     dcell_ = carver.take<Real>(p_.B * width_);
     scratch_ = carver.take<Real>(threads_ * 2 * width_);
     if (!Base::weights()) return;
-    if (norm_.haste) sums_.of_gates[kOfInput] = carver.take<Real>(of_gates);
-    sums_.of_gates[kOfHidden] = carver.take<Real>(of_gates);
-    sums_.gate_bias = carver.take<Real>(of_gates);
-    if (!norm_.haste && p_.db) sums_.bias = carver.take<Real>(of_gates);
-    sums_.of_cell = carver.take<Real>(p_.B * width_);
-    sums_.cell_bias = carver.take<Real>(p_.B * width_);
+    const auto place = [&](StepSums<Real>& sums, int64_t gates) { sums.place(carver, p_.T, p_.B, gates, width_); };
+    if (norm_.haste) place(of_gates_[kOfInput], kGates);
+    place(of_gates_[kOfHidden], kGates), place(gate_bias_, kGates);
+    if (!norm_.haste && p_.db) place(bias_, kGates);
+    place(of_cell_, 1), place(cell_bias_, 1);
   }
 
   void prepare() {
     Base::prepare();
     again_.bias = norm_.fill(p_.storage, *p_.options, again_.bias);
-    for (Real* sums : sums_.of_gates) clear(sums, kGates);
-    clear(sums_.gate_bias, kGates), clear(sums_.bias, kGates);
-    clear(sums_.of_cell, 1), clear(sums_.cell_bias, 1);
+    for (const auto& sums : of_gates_) sums.clear();
+    gate_bias_.clear(), bias_.clear(), of_cell_.clear(), cell_bias_.clear();
   }
 
   void work(int thread, int threads) {
@@ -122,29 +120,16 @@ class NormBackward : public RecurrentBackward<LstmCell, Real, kWithOptions> {
   void finish() const {
     Base::finish();
     const LayerOptions& options = *p_.options;
-    store_sum(sums_.of_gates[kOfInput], kGates, options.dweight_ln_ih);
-    store_sum(sums_.of_gates[kOfHidden], kGates, norm_.haste ? options.dweight_ln_hh : options.dweight_ln_gates);
-    store_sum(sums_.gate_bias, kGates, norm_.haste ? p_.db : options.dbias_ln_gates);
-    store_sum(sums_.bias, kGates, p_.db);
-    store_sum(sums_.of_cell, 1, options.dweight_ln_c);
-    store_sum(sums_.cell_bias, 1, options.dbias_ln_c);
+    const auto store = [this](const StepSums<Real>& sums, void* to) { sums.store_total(p_.storage, p_.H, to); };
+    store(of_gates_[kOfInput], options.dweight_ln_ih);
+    store(of_gates_[kOfHidden], norm_.haste ? options.dweight_ln_hh : options.dweight_ln_gates);
+    store(gate_bias_, norm_.haste ? p_.db : options.dbias_ln_gates);
+    store(bias_, p_.db);
+    store(of_cell_, options.dweight_ln_c);
+    store(cell_bias_, options.dbias_ln_c);
   }
 
  private:
-  void clear(Real* sums, int64_t gates) const {
-    if (sums) memset(sums, 0, static_cast<size_t>(p_.B * gates * width_) * sizeof(Real));
-  }
-  // The sum over the batch, in pairs, pairs of pairs and so on: one chain over a large batch would round too often.
-  void store_sum(Real* sums, int64_t gates, void* to) const {
-    if (!sums || !to) return;
-    const int64_t row = gates * width_;
-    for (int64_t apart = 1; apart < p_.B; apart *= 2)
-      for (int64_t b = 0; b + apart < p_.B; b += 2 * apart)
-        for (int64_t n = 0; n < row; n += kLanes<Real>)
-          NormSums<Real>::add(sums + b * row + n, load(sums + (b + apart) * row + n));
-    store_rows<Real>(p_.storage, sums, width_, to, p_.H, gates, p_.H);
-  }
-
   // The gates and the normalised sums of a chunk.
   void again(const Chunk& chunk, int thread, int threads) const {
     const PanelRange panels = LstmCell::panels({0, width_ / kLanes<Real>});
@@ -190,11 +175,18 @@ class NormBackward : public RecurrentBackward<LstmCell, Real, kWithOptions> {
                       dc_ + row * width_,
                       p_.w_hr ? unprojected_ + in_chunk * width_ : nullptr,
                       flags_[t * p_.B + row],
-                      Base::cell_grad_options(t, 0, row, 0),
-                      sums_.of_row(row, width_),
+                      Base::cell_grad_options(step, 0, row, 0),
+                      sums_of(step, row),
                       scratch,
                       scratch + width_}
         .run();
+  }
+  NormSums<Real> sums_of(int64_t step, int64_t row) const {
+    NormSums<Real> sums;
+    for (int part = 0; part < kParts; ++part) sums.of_gates[part] = of_gates_[part].at(step, row);
+    sums.gate_bias = gate_bias_.at(step, row), sums.bias = bias_.at(step, row);
+    sums.of_cell = of_cell_.at(step, row), sums.cell_bias = cell_bias_.at(step, row);
+    return sums;
   }
   void products(const Chunk& chunk, int thread, int threads) {
     if (!norm_.haste) return Base::large_products(chunk, thread, threads);
@@ -209,7 +201,7 @@ class NormBackward : public RecurrentBackward<LstmCell, Real, kWithOptions> {
   }
 
   NormWeights<Real> norm_;
-  NormSums<Real> sums_;
+  StepSums<Real> of_gates_[kParts], gate_bias_, bias_, of_cell_, cell_bias_;  // a part for each row of the batch
   Real *of_hidden_ = nullptr, *of_input_ = nullptr;  // [chunk rows, gates_stride_]: normalised sums
   Real *dcell_ = nullptr, *scratch_ = nullptr;       // [B, width_]
 };

@@ -297,7 +297,7 @@ class RecurrentBackward {
       if (options.dh_reset && !options.h_reset_per_step) hidden_.dreset = carver.take<Real>(hidden);
       if (options.dc_reset && !options.c_reset_per_step) dc_reset_ = carver.take<Real>(B * width_);
       if (options.peephole) peephole_ = carver.take<Real>(3 * width_);
-      if (options.dpeephole) dpeephole_ = carver.take<Real>(batch_.count() * 3 * width_);
+      if (options.dpeephole) dpeephole_.place(carver, T, batch_.count(), 3, width_);
       if (recomputes()) {
         gates_ = dgates_ = carver.take<Real>(chunk_ * B * gates_stride_);
         edge_ = carver.take<Real>(B * gates_stride_);
@@ -319,7 +319,7 @@ class RecurrentBackward {
       }
     }
     if (weights() && kFlags && p_.flags && !recomputes()) valid_ = carver.take<int32_t>(T * B);
-    if (weights() && p_.db) db_ = carver.take<Real>(batch_.count() * Cell::kGates * width_);
+    if (weights() && p_.db) db_.place(carver, T, batch_.count(), Cell::kGates, width_);
     progress_stride_ = round_up(batch_.count(), 8);
     progress_ = carver.take<int64_t>(threads_ * progress_stride_);
   }
@@ -363,7 +363,7 @@ class RecurrentBackward {
     if (valid_)
       for (int64_t row = 0; row < p_.T * p_.B; ++row)
         if (!(p_.flags[row] & kFlagPadding)) valid_[valid_rows_++] = static_cast<int32_t>(row);
-    if (db_) memset(db_, 0, static_cast<size_t>(batch_.count() * Cell::kGates * width_) * sizeof(Real));
+    db_.clear();
     if (kFlags == kWithOptions) prepare_options();
   }
 
@@ -432,15 +432,14 @@ class RecurrentBackward {
 
   void finish() const {
     if (Cell::kHasC && p_.dc0) store_rows<Real>(p_.storage, dc_, width_, p_.dc0, p_.H, p_.B, p_.H);
-    if (db_) store_bias_gradient<Real>(p_.storage, db_, batch_.count(), Cell::kGates, p_.H, width_, p_.db);
+    db_.store_total(p_.storage, p_.H, p_.db);
     if (kFlags == kWithOptions) {
       const LayerOptions& options = *p_.options;
       const int64_t width = hidden_.width(p_.P);
       if (hidden_.dmask) store_rows<Real>(p_.storage, hidden_.dmask, width, options.dh_mask, p_.P, p_.B, p_.P);
       if (hidden_.dreset) store_rows<Real>(p_.storage, hidden_.dreset, width, options.dh_reset, p_.P, p_.B, p_.P);
       if (dc_reset_) store_rows<Real>(p_.storage, dc_reset_, width_, options.dc_reset, p_.H, p_.B, p_.H);
-      if (dpeephole_)
-        store_bias_gradient<Real>(p_.storage, dpeephole_, batch_.count(), 3, p_.H, width_, options.dpeephole);
+      dpeephole_.store_total(p_.storage, p_.H, options.dpeephole);
     }
   }
 
@@ -461,7 +460,7 @@ class RecurrentBackward {
     if constexpr (kFlags == kWithOptions)
       if (recomputes()) load_bias<Real>(p_.storage, options.b_ih, options.b_hh, Cell::kGates, p_.H, again_.bias);
     if (peephole_) load_rows<Real>(p_.storage, options.peephole, p_.H, peephole_, width_, 3, p_.H);
-    if (dpeephole_) memset(dpeephole_, 0, static_cast<size_t>(batch_.count() * 3 * width_) * sizeof(Real));
+    dpeephole_.clear();
   }
 
   bool recomputes() const { return kFlags == kWithOptions && p_.options->recompute; }
@@ -572,7 +571,7 @@ class RecurrentBackward {
   // What becomes of the product for the rows of a tile, which begin at `row`, and the columns from `column` on.
   auto cell_op(int64_t step, const Chunk& chunk, int64_t tile, int64_t row, int64_t column) const {
     const int64_t gate = row * gates_stride_ + column, rows = in_chunk(step, chunk);
-    Real* db = db_ ? db_ + tile * Cell::kGates * width_ + column : nullptr;
+    Real* db = db_ ? db_.at(step, tile) + column : nullptr;
     if constexpr (Cell::kHasC) {
       const int64_t t = clock_.time(step);
       const uint8_t* flags = kFlags ? flags_ + t * p_.B + row : nullptr;
@@ -592,7 +591,7 @@ class RecurrentBackward {
                                       projected ? unprojected_ + rows * width_ + cell : nullptr,
                                       flags,
                                       {}};
-      if constexpr (kFlags == kWithOptions) op.extra = cell_grad_options(t, tile, row, column);
+      if constexpr (kFlags == kWithOptions) op.extra = cell_grad_options(step, tile, row, column);
       return op;
     } else {
       return ElmanGradOp<Real, kFlags>{hidden_.source(step, row, column), gates_ + rows * gates_stride_ + gate,
@@ -609,16 +608,16 @@ class RecurrentBackward {
                                              p_.dh0 ? at(p_.dh0, p_.storage, row * p_.P + column) : nullptr, p_.P};
   }
 
-  CellGradOptions<Real> cell_grad_options(int64_t t, int64_t tile, int64_t row, int64_t column) const {
+  CellGradOptions<Real> cell_grad_options(int64_t step, int64_t tile, int64_t row, int64_t column) const {
     const LayerOptions& options = *p_.options;
-    const int64_t first = t * p_.B + row;
+    const int64_t t = clock_.time(step), first = t * p_.B + row;
     CellGradOptions<Real> extra;
     static_cast<CellOptions<Real>&>(extra) =
         cell_options<Real>(options, p_.storage, peephole_, width_, t, p_.B, p_.H, row, column);
     extra.grad_c = options.grad_c ? static_cast<const Real*>(options.grad_c) + first * width_ + column : nullptr;
     extra.grad_gates =
         options.grad_gates ? static_cast<const Real*>(options.grad_gates) + first * gates_stride_ + column : nullptr;
-    extra.dpeephole = dpeephole_ ? dpeephole_ + tile * 3 * width_ + column : nullptr;
+    extra.dpeephole = dpeephole_ ? dpeephole_.at(step, tile) + column : nullptr;
     extra.dreset = dc_reset_ ? dc_reset_ + row * width_ + column : nullptr;
     extra.dreset_step = options.dc_reset && options.c_reset_per_step
                             ? at(options.dc_reset, p_.storage, first * p_.H + column)
@@ -634,7 +633,7 @@ class RecurrentBackward {
   int threads_;
   Real *r_ = nullptr, *w_ = nullptr, *w_hr_ = nullptr, *dc_ = nullptr, *c0_ = nullptr, *dh_ = nullptr;
   Real *unprojected_ = nullptr, *block_ = nullptr, *panels_ = nullptr, *packed_ = nullptr;
-  Real *sums_ih_ = nullptr, *sums_hh_ = nullptr, *sums_hr_ = nullptr, *db_ = nullptr;
+  Real *sums_ih_ = nullptr, *sums_hh_ = nullptr, *sums_hr_ = nullptr;
   int64_t progress_stride_ = 0;
   int64_t* progress_ = nullptr;
   const uint8_t* flags_ = nullptr;
@@ -644,7 +643,8 @@ class RecurrentBackward {
   WithOptions<kFlags, Recompute<Cell, Real, kFlags>> again_{};
   int32_t* valid_ = nullptr;  // the rows of T * B that are no padding, where there may be some
   int64_t valid_rows_ = 0;
-  Real *dc_reset_ = nullptr, *peephole_ = nullptr, *dpeephole_ = nullptr;
+  Real *dc_reset_ = nullptr, *peephole_ = nullptr;
+  StepSums<Real> db_, dpeephole_;
   HiddenGradient<Real, kFlags> hidden_{};
   Barrier barrier_;
 };
