@@ -12,7 +12,7 @@ import torch
 from bench_support import SMALL, row, run_of, spread
 
 from fastseq.cli.bench import forced, goals, memory, peaks, report, results
-from fastseq.cli.bench.cases import CASES, SHAPES, Case
+from fastseq.cli.bench.cases import CASES, COSTED_VARIANTS, SHAPES, Case
 from fastseq.cli.bench.layers import FastseqRunner, converted, reference_runner
 from fastseq.cli.bench.measure import new_shapes
 from fastseq.cli.bench.problem import Mismatch, Problem, sanity_bound, verify
@@ -86,11 +86,33 @@ def test_best_of_the_peers_that_took_part() -> None:
     assert not found.complete
 
 
+def test_a_cost_is_at_most() -> None:
+    goal = next(goal for goal in goals.GOALS if goal.cost)
+    case = next(case for case in CASES if goal.select(case))
+    one = row(case, 2.0)
+    one.ratios["plain"] = spread(0.8)
+    found = next(outcome for outcome in goals.outcomes([one]) if outcome.goal is goal)
+    assert found.value == pytest.approx(1.25)
+    assert (found.reaches(1.2), found.reaches(1.3)) == (False, True)
+    assert report.goal_cells(found)[3].startswith("at most ")
+
+
+@pytest.mark.parametrize("variant", COSTED_VARIANTS)
+def test_plain_runs_without_the_option(variant: str) -> None:
+    case = Case("lstm", "training", 6, 5, 3, 7, variant=variant)
+    got = by_name("plain").runner(Problem(case)).training(Problem(case).grad_output)
+    plain = Problem(replace(case, variant="plain"))
+    expected = by_name("fastseq").runner(plain).training(plain.grad_output)
+    for one, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+    assert by_name("plain").why_not(replace(case, variant="plain")) is not None
+
+
 @pytest.mark.parametrize("case", SMALL, ids=lambda case: case.key)
 def test_wrong_numbers_are_found(case: Case) -> None:
     """Each library in turn with one wrong weight, which is enough for the check to refuse it."""
     problem = Problem(case)
-    serving = {one.name: one for one in PROVIDERS if one.name != "compile" and one.why_not(case) is None}
+    serving = {one.name: one for one in PROVIDERS if one.name not in ("compile", "plain") and one.why_not(case) is None}
     verify(problem, {name: provider.runner(problem) for name, provider in serving.items()}, reference_runner)
     spoiled = Problem(case)
     with torch.no_grad():

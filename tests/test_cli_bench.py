@@ -36,7 +36,7 @@ def test_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for one in run.rows:
         assert one.rounds == 3
         assert "torch" in one.figures
-        assert set(one.figures) | set(one.left_out) == {"torch", "onnxruntime", "openvino", "fastseq"}
+        assert set(one.figures) | set(one.left_out) == {"torch", "onnxruntime", "openvino", "plain", "fastseq"}
         assert not set(one.figures) & set(one.left_out)
         assert ("torch" in one.ratios) == ("fastseq" in one.figures)
         for figures in one.figures.values():

@@ -27,6 +27,8 @@ OPTION_VARIANTS = (
     "layer_norm",
 )
 VARIANTS = ("plain", "lengths", "packed", "reset", "autocast", "recompute", *OPTION_VARIANTS)
+# Timed beside fastseq's plain layer too, which shows what the option costs.
+COSTED_VARIANTS = ("lengths", "reset", "recompute", *OPTION_VARIANTS)
 
 MEAN_LENGTH = 0.62  # of T, where lengths are uneven
 RESET_PROBABILITY = 0.02  # per step and sequence

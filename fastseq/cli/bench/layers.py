@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from fastseq.cli.bench.cases import Case
+from fastseq.cli.bench.cases import COSTED_VARIANTS, OPTION_VARIANTS, Case
 from fastseq.cli.bench.problem import Problem, Runner
 
 MOST_COMPILED_STEPS = 64  # torch.compile unrolls the loop over time, and compiles for a second or more per ten steps
@@ -93,17 +93,18 @@ class FastseqRunner(LayerRunner):
 class OptionRunner(LayerRunner):
     """One LSTM layer with the problem's options, by ``fastseq.functional.lstm`` or by the loop of the reference."""
 
-    def __init__(self, problem: Problem, layer: nn.Module, loop: bool = False) -> None:
+    def __init__(self, problem: Problem, layer: nn.Module, loop: bool = False, plain: bool = False) -> None:
         super().__init__(problem, layer)
         from fastseq import functional, reference
 
         self.function = reference.lstm if loop else functional.lstm
+        self.options = {} if plain else problem.options
 
     def output(self, input: Tensor) -> Tensor:
         """The output, from zero states."""
-        assert self.problem.options is not None
+        assert self.options is not None
         zeros = input.new_zeros(input.shape[1], self.problem.case.H)
-        return self.function(input, zeros, zeros, *self.parameters, **self.problem.options)[0]
+        return self.function(input, zeros, zeros, *self.parameters, **self.options)[0]
 
 
 class StepRunner(FastseqRunner):
@@ -160,6 +161,25 @@ class Fastseq:
         if problem.case.mode == "step" and hasattr(layer, "step"):
             return StepRunner(problem, layer)
         return (PackingRunner if problem.case.variant == "packed" else FastseqRunner)(problem, layer)
+
+
+class Plain:
+    """fastseq without the option that the case is about: the difference is what the option costs."""
+
+    name = "plain"
+    pool = "openmp"
+
+    def why_not(self, case: Case) -> str | None:
+        """The reason why it has no part in the case, or None."""
+        return None if case.variant in COSTED_VARIANTS else "no option whose cost it would show"
+
+    def runner(self, problem: Problem) -> Runner:
+        """The plain layer."""
+        if problem.case.variant in OPTION_VARIANTS:
+            return OptionRunner(problem, problem.layer, plain=True)
+        layer: Any = converted(problem)
+        layer.recompute = False
+        return LayerRunner(problem, layer)
 
 
 class Compiled:

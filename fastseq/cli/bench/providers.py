@@ -3,7 +3,7 @@
 from typing import Protocol
 
 from fastseq.cli.bench.cases import Case
-from fastseq.cli.bench.layers import Compiled, Fastseq, TorchNN
+from fastseq.cli.bench.layers import Compiled, Fastseq, Plain, TorchNN
 from fastseq.cli.bench.problem import Problem, Runner
 from fastseq.cli.bench.runtimes import OnnxRuntime, OpenVino
 
@@ -21,7 +21,7 @@ class Provider(Protocol):
         """The problem in this library's form, ready to be checked and timed."""
 
 
-PROVIDERS: tuple[Provider, ...] = (TorchNN(), Compiled(), OnnxRuntime(), OpenVino(), Fastseq())
+PROVIDERS: tuple[Provider, ...] = (TorchNN(), Compiled(), OnnxRuntime(), OpenVino(), Plain(), Fastseq())
 
 
 def by_name(name: str) -> Provider:

@@ -7,7 +7,13 @@ from fastseq.cli.bench.measure import Figures, Row
 from fastseq.cli.timing import Quantiles
 
 NOTHING = "–"
-TITLES = {"torch": "torch ms", "compile": "compiled ms", "onnxruntime": "ORT ms", "openvino": "OpenVINO ms"}
+TITLES = {
+    "torch": "torch ms",
+    "compile": "compiled ms",
+    "onnxruntime": "ORT ms",
+    "openvino": "OpenVINO ms",
+    "plain": "plain ms",
+}
 NOISY = 1.5  # p80 over p20
 NUMBERS_FROM = 3  # the columns from here on hold numbers
 GOALS_HEAD = ("goal", "figure", "measured", "must", "aim", "reached")
@@ -18,7 +24,7 @@ NOTES = (
     "peak is fastseq's share of this machine's multiply-adds in registers (half types: of float32's) or, marked r, "
     "with a batch of one, of its bandwidth for reading as many bytes as the recurrent weights have. MiB is how far "
     "memory grows during fastseq's calls, and during torch's after the stroke. The mode first is the first call of a "
-    "new shape."
+    "new shape; plain is fastseq's layer without the option of the row."
 )
 
 
@@ -77,7 +83,7 @@ def goal_cells(outcome: Outcome) -> tuple[str, ...]:
         note += f" (without {', '.join(absent)})"
     aim, must = outcome.reaches(goal.aim), outcome.reaches(goal.must)
     reached = "not measured" if must is None else "aim" if aim else "must" if must else "no"
-    bound = "at most " if goal.first_over_warm else ""
+    bound = "at most " if goal.at_most else ""
     aimed = NOTHING if goal.aim is None else f"{goal.aim:g}×"
     return (goal.what, goal.unit.removesuffix(", at most"), value + note, f"{bound}{goal.must:g}×", aimed, reached)
 
