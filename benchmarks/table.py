@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks import clustering_table
+from benchmarks import clustering_table, option_costs
 from benchmarks.markdown import replaced, table
 from fastseq.cli.bench import report
 from fastseq.cli.bench.goals import outcomes
@@ -41,9 +41,10 @@ def render(run: Run | None) -> str:
     return "\n".join(lines) + "\n"
 
 
-def updated(readme: str, run: Run | None, clustering: dict[str, Any] | None) -> str:
+def updated(readme: str, run: Run | None, clustering: dict[str, Any] | None, options: Run | None) -> str:
     """The README with what lies between the markers replaced."""
     readme = replaced(readme, BEGIN, END, render(run))
+    readme = replaced(readme, option_costs.BEGIN, option_costs.END, option_costs.render(options))
     return replaced(readme, clustering_table.BEGIN, clustering_table.END, clustering_table.render(clustering))
 
 
@@ -53,4 +54,5 @@ def load() -> Run | None:
 
 
 if __name__ == "__main__":
-    README.write_text(updated(README.read_text(encoding="utf-8"), load(), clustering_table.load()), encoding="utf-8")
+    stored = load(), clustering_table.load(), option_costs.load()
+    README.write_text(updated(README.read_text(encoding="utf-8"), *stored), encoding="utf-8")

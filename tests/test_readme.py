@@ -12,7 +12,7 @@ sys.path.insert(0, str(ROOT))  # `benchmarks` is a folder of the checkout, not p
 
 from bench_support import row, run_of  # noqa: E402
 
-from benchmarks import clustering_table, table  # noqa: E402
+from benchmarks import clustering_table, option_costs, table  # noqa: E402
 from fastseq.cli.bench.cases import Case  # noqa: E402
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -20,7 +20,8 @@ EXAMPLE = ROOT / "examples" / "swap_lstm.py"
 
 
 def test_figures_are_those_of_the_results_file():
-    assert table.updated(README, table.load(), clustering_table.load()) == README, "run: python -m benchmarks.table"
+    stored = table.load(), clustering_table.load(), option_costs.load()
+    assert table.updated(README, *stored) == README, "run: python -m benchmarks.table"
 
 
 def test_figures_are_rendered_row_by_row():
@@ -46,9 +47,18 @@ def test_clustering_figures_are_rendered_row_by_row():
     assert "commit `cccccccccccc`. 5 interleaved rounds" in text
 
 
+def test_option_costs_are_rendered_row_by_row():
+    case = next(case for case in option_costs.MEASURED if case.variant == "peephole")
+    one = row(case, 4.0)
+    one.figures["plain"] = one.figures["torch"]
+    one.ratios["plain"] = one.ratios["torch"]
+    text = option_costs.render(run_of([one]))
+    assert "| lstm, peephole | 128, 32, 256, 256, 1 | 8 | 2 | 0.25 (0.23–0.28) | 1.1× | yes | 8 | 4.00× |" in text
+
+
 def test_markers_are_required():
     with pytest.raises(ValueError, match="markers"):
-        table.updated("no markers here", None, None)
+        table.updated("no markers here", None, None, None)
 
 
 def test_example_is_the_file_that_runs():
@@ -76,10 +86,11 @@ def test_commands_of_the_readme_exist():
 
 
 def test_results_are_from_a_clean_commit():
-    results, clustering = table.load(), clustering_table.load()
-    if results is None or clustering is None:
+    results, clustering, options = table.load(), clustering_table.load(), option_costs.load()
+    if results is None or clustering is None or options is None:
         pytest.skip("no figures are committed")
-    for environment in (results.environment, clustering["environment"]):
+    for environment in (results.environment, clustering["environment"], options.environment):
         assert re.fullmatch(r"[0-9a-f]{40}", environment["commit"]), "figures come from an uncommitted tree"
     assert results.rows
     assert len(clustering["cases"]) == len(clustering_table.CASES)
+    assert {row.case for row in options.rows} == set(option_costs.MEASURED)
