@@ -215,23 +215,37 @@ struct LstmCellGradOp {
           sums[gate] = sums[gate] + gradients[gate];
         }
       }
-      if (db) {
-        FASTSEQ_UNROLL
-        for (int gate = 0; gate < kGates; ++gate) {
-          Real* sum = db + gate * gate_stride + v * kLanes<Real>;
-          store(sum, load(sum) + sums[gate]);
-        }
-      }
+      add_to_bias(v, sums);
     }
   }
 
  private:
+  // A step's rows are added up before they are added to those of the other steps: one chain would be long.
+  FASTSEQ_INLINE void add_to_bias(int v, const Vec<Real> (&sums)[kGates]) const {
+    if (!db) return;
+    FASTSEQ_UNROLL
+    for (int gate = 0; gate < kGates; ++gate) {
+      Real* sum = db + gate * gate_stride + v * kLanes<Real>;
+      store(sum, load(sum) + sums[gate]);
+    }
+  }
   template <int kRows, int kVectors>
   FASTSEQ_INLINE void finish_with_options(const Vec<Real> (&acc)[kRows][kVectors], int first) const {
-    for (int v = 0; v < kVectors; ++v)
-      for (int r = 0; r < kRows; ++r) row_with_options(first + r, v, acc[r][v]);
+    for (int v = 0; v < kVectors; ++v) {
+      RowSums sums = {};
+      for (int r = 0; r < kRows; ++r) row_with_options(first + r, v, acc[r][v], sums);
+      add_to_bias(v, sums.gates);
+      if (!extra.dpeephole) continue;
+      for (int row = 0; row < 3; ++row) {
+        Real* sum = extra.dpeephole + row * extra.peephole_stride + v * kLanes<Real>;
+        store(sum, load(sum) + sums.peephole[row]);
+      }
+    }
   }
-  __attribute__((noinline)) void row_with_options(int r, int v, Vec<Real> recurrent) const {
+  struct RowSums {
+    Vec<Real> gates[kGates], peephole[3];
+  };
+  __attribute__((noinline)) void row_with_options(int r, int v, Vec<Real> recurrent, RowSums& sums) const {
     const int64_t column = v * kLanes<Real>, cell = r * c_stride + column;
     const Real* from = gates + r * gates_stride + column;
     const Vec<Real> i = load(from + kInput * gate_stride), f = load(from + kForget * gate_stride);
@@ -273,11 +287,9 @@ struct LstmCellGradOp {
       if (extra.peephole) {
         d_carried = fma(extra.peep(0, v), gradients[kInput], d_carried);
         d_carried = fma(extra.peep(1, v), gradients[kForget], d_carried);
-        if (extra.dpeephole) {
-          add_to_peephole(0, column, gradients[kInput] * before);
-          add_to_peephole(1, column, gradients[kForget] * before);
-          add_to_peephole(2, column, gradients[kOutput] * seen);
-        }
+        sums.peephole[0] = fma(gradients[kInput], before, sums.peephole[0]);
+        sums.peephole[1] = fma(gradients[kForget], before, sums.peephole[1]);
+        sums.peephole[2] = fma(gradients[kOutput], seen, sums.peephole[2]);
       }
     }
     if (reset) {
@@ -292,15 +304,8 @@ struct LstmCellGradOp {
     FASTSEQ_UNROLL
     for (int gate = 0; gate < kGates; ++gate) {
       store(to + gate * gate_stride, gradients[gate]);
-      if (db) {
-        Real* sum = db + gate * gate_stride + column;
-        store(sum, load(sum) + gradients[gate]);
-      }
+      sums.gates[gate] = sums.gates[gate] + gradients[gate];
     }
-  }
-  FASTSEQ_INLINE void add_to_peephole(int row, int64_t column, Vec<Real> value) const {
-    Real* sum = extra.dpeephole + row * extra.peephole_stride + column;
-    store(sum, load(sum) + value);
   }
 };
 
