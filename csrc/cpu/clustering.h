@@ -18,9 +18,9 @@ namespace {
 
 // Features of a register tile of the gradients, with kPointVectors vectors each, and centres between two reductions.
 constexpr int kTileFeatures = kTileRows == 6 ? 4 : 2;
-constexpr int kReduceCenters = 16;
+constexpr int kReduceCenters = 32;
 // Centres whose share of dz is added up by itself: one chain over 100,000 centres would round too often.
-constexpr int64_t kSumCenters = 64 * kReduceCenters;
+constexpr int64_t kSumCenters = 32 * kReduceCenters;
 
 constexpr int64_t kMostBlocks = 64, kFewestBlocks = 8;
 constexpr int64_t kBlockBytes = int64_t{16} << 20;     // what all blocks' sums may take together
@@ -140,8 +140,9 @@ class Clustering {
     load_group<Beyond::kRepeat>(p_.storage, p_.z, first, p_.N, p_.d, points);
     Upcoming upcoming;
     if (p_.given) {
-      upcoming.item_bytes = bytes_of(p_.given_storage);
-      upcoming.row_bytes = p_.K * upcoming.item_bytes;
+      const int64_t item_bytes = bytes_of(p_.given_storage);
+      upcoming.row_bytes = p_.K * item_bytes;
+      upcoming.log_items = item_bytes == 8 ? 3 : item_bytes == 4 ? 4 : 5;
       upcoming.row = static_cast<const char*>(p_.given) + first * upcoming.row_bytes;
     }
     group.assign(points, centers_, p_.d, upcoming);
@@ -197,53 +198,55 @@ class Clustering {
     constexpr int n = kLanes<Real>;
     constexpr int kSums = round_lanes(kReduceCenters * kFeatures);
     alignas(64) Real sums[kSums * n];
-    memset(sums, 0, sizeof(sums));
+    if (centers < kReduceCenters) memset(sums, 0, sizeof(sums));  // else the first group sets them all
     const Real* mu = centers_ + j * p_.d + k;
     for (int64_t i = 0; i < s.groups; ++i) {
       const int64_t at = (i * p_.d + k) * kGroupStride<Real>;
-      gradient_step<kFeatures>(s.points + at, s.weights + (i * p_.K + j) * kGroupStride<Real>, mu, p_.d, centers,
-                               s.gradient + at, sums);
+      const Real* weights = s.weights + (i * p_.K + j) * kGroupStride<Real>;
+      if (i == 0)
+        gradient_step<kFeatures, true>(s.points + at, weights, mu, p_.d, centers, s.gradient + at, sums);
+      else
+        gradient_step<kFeatures, false>(s.points + at, weights, mu, p_.d, centers, s.gradient + at, sums);
     }
     if (!s.sums) return;
-    // Sum the lanes of each partial sum: transposed, n of them are the sum of n vectors.
     for (int first = 0; first < centers * kFeatures; first += n) {
       Vec<Real> block[n];
       FASTSEQ_UNROLL
       for (int i = 0; i < n; ++i) block[i] = load(sums + (first + i) * n);
-      transpose<Real>(block);
-      FASTSEQ_UNROLL
-      for (int span = n / 2; span > 0; span /= 2) FASTSEQ_UNROLL
-      for (int i = 0; i < n / 2; ++i)
-        if (i < span) block[i] = block[i] + block[i + span];
+      const Vec<Real> summed = sum_lanes<Real>(block);
       for (int i = 0; i < n && first + i < centers * kFeatures; ++i)
-        s.sums[(j + (first + i) / kFeatures) * p_.d + k + (first + i) % kFeatures] += block[0][i];
+        s.sums[(j + (first + i) / kFeatures) * p_.d + k + (first + i) % kFeatures] += summed[i];
     }
   }
 
   static constexpr int round_lanes(int count) { return (count + kLanes<Real> - 1) / kLanes<Real> * kLanes<Real>; }
 
-  template <int kFeatures>
+  // Centre by centre, the sums of all features side by side: their chains hide one another's latency.
+  template <int kFeatures, bool kFirst>
   FASTSEQ_INLINE static void gradient_step(const Real* points, const Real* weights, const Real* mu, int64_t d,
                                            int centers, Real* gradient, Real* sums) {
     constexpr int n = kLanes<Real>;
     Vec<Real> moved[kFeatures][kPointVectors];  // sum_j w_j (mu_j - z)
     set_zero<Real>(moved);
     for (int j = 0; j < centers; ++j) {
-      Lanes<Real> w;
-      FASTSEQ_UNROLL
-      for (int v = 0; v < kPointVectors; ++v) w[v] = load(weights + j * kGroupStride<Real> + v * n);
+      Vec<Real> center[kFeatures], sum[kFeatures];
       FASTSEQ_UNROLL
       for (int k = 0; k < kFeatures; ++k) {
-        const Vec<Real> center = broadcast(mu[j * d + k]);
-        Vec<Real> sum = load(sums + (j * kFeatures + k) * n);
-        FASTSEQ_UNROLL
-        for (int v = 0; v < kPointVectors; ++v) {
-          const Vec<Real> difference = center - load(points + k * kGroupStride<Real> + v * n);
-          moved[k][v] = fma(w[v], difference, moved[k][v]);
-          sum = fma(w[v], difference, sum);
-        }
-        store(sums + (j * kFeatures + k) * n, sum);
+        center[k] = broadcast(mu[j * d + k]);
+        sum[k] = kFirst ? zero<Real>() : load(sums + (j * kFeatures + k) * n);
       }
+      FASTSEQ_UNROLL
+      for (int v = 0; v < kPointVectors; ++v) {
+        const Vec<Real> w = load(weights + j * kGroupStride<Real> + v * n);
+        FASTSEQ_UNROLL
+        for (int k = 0; k < kFeatures; ++k) {
+          const Vec<Real> difference = center[k] - load(points + k * kGroupStride<Real> + v * n);
+          moved[k][v] = fma(w, difference, moved[k][v]);
+          sum[k] = fma(w, difference, sum[k]);
+        }
+      }
+      FASTSEQ_UNROLL
+      for (int k = 0; k < kFeatures; ++k) store(sums + (j * kFeatures + k) * n, sum[k]);
     }
     FASTSEQ_UNROLL
     for (int k = 0; k < kFeatures; ++k) FASTSEQ_UNROLL

@@ -72,13 +72,18 @@ void load_group(Storage storage, const void* from, int64_t first, int64_t N, int
     for (int64_t k = 0; k < width; k += n) {
       const int inside = lanes_inside<Real>(width, k);
       Vec<Real> block[n];
-      FASTSEQ_UNROLL
-      for (int i = 0; i < n; ++i) {
-        if (whole || row + i < N)
-          block[i] = load_as<Real>(storage, from, (row + i) * width + k, inside);
-        else
-          block[i] =
-              kBeyond == Beyond::kZero ? zero<Real>() : load_as<Real>(storage, from, (N - 1) * width + k, inside);
+      if (whole && !is_half(storage)) {  // apart, or every row would ask again
+        const Real* corner = static_cast<const Real*>(from) + row * width + k;
+        FASTSEQ_UNROLL
+        for (int i = 0; i < n; ++i) block[i] = load_part(corner + i * width, inside);
+      } else {
+        FASTSEQ_UNROLL
+        for (int i = 0; i < n; ++i) {
+          const int64_t there = row + i < N ? row + i : N - 1;
+          block[i] = there < row + i && kBeyond == Beyond::kZero
+                         ? zero<Real>()
+                         : load_as<Real>(storage, from, there * width + k, inside);
+        }
       }
       transpose<Real>(block);
       Real* base = to + k * kGroupStride<Real> + v * n;
@@ -103,9 +108,15 @@ void store_group(Storage storage, const Real* from, int64_t first, int64_t N, in
       FASTSEQ_UNROLL
       for (int i = 0; i < n; ++i) block[i] = i < inside ? load(base + i * kGroupStride<Real>) : zero<Real>();
       transpose<Real>(block);
-      FASTSEQ_UNROLL
-      for (int i = 0; i < n; ++i)
-        if (i < rows) store_as<Real>(storage, to, (row + i) * width + k, block[i], inside);
+      if (rows == n && !is_half(storage)) {  // apart, as above
+        Real* corner = static_cast<Real*>(to) + row * width + k;
+        FASTSEQ_UNROLL
+        for (int i = 0; i < n; ++i) store_part(corner + i * width, block[i], inside);
+      } else {
+        FASTSEQ_UNROLL
+        for (int i = 0; i < n; ++i)
+          if (i < rows) store_as<Real>(storage, to, (row + i) * width + k, block[i], inside);
+      }
     }
   }
 }
@@ -114,14 +125,15 @@ void store_group(Storage storage, const Real* from, int64_t first, int64_t N, in
 // centre, since so many rows are more streams than the hardware follows.
 struct Upcoming {
   const char* row = nullptr;  // the first one; null: nothing
-  int64_t row_bytes = 0, item_bytes = 0;
+  int64_t row_bytes = 0;
+  int log_items = 0;  // a line has 2^log_items numbers
 
   template <typename Real>
   FASTSEQ_INLINE void prefetch(int64_t j) const {
     constexpr int64_t kLine = 64;
     if (!row) return;
-    const int64_t items = kLine / item_bytes, rows = kGroupPoints<Real> / items;
-    const char* at = row + j % items * rows * row_bytes + j / items * kLine;
+    const int64_t rows = kGroupPoints<Real> >> log_items;
+    const char* at = row + (j & ((int64_t{1} << log_items) - 1)) * rows * row_bytes + (j >> log_items) * kLine;
     for (int64_t i = 0; i < rows; ++i) __builtin_prefetch(at + i * row_bytes);
   }
 };

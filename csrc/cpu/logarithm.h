@@ -2,7 +2,7 @@
 //
 // x = 2^n (1 + f) with 1 + f between sqrt(1/2) and sqrt(2), and log(1 + f) = f - f^2/2 + f^3 R(f), R a polynomial
 // (float) or a fraction of two (double) after Moshier, Cephes 1989. n comes from the bits, so x must be a positive
-// normal number or infinity; a NaN stays a NaN.
+// normal number or infinity. log1p keeps NaN and infinity.
 #pragma once
 
 #include "twofold.h"
@@ -66,11 +66,11 @@ struct ReducedLog {
   }
 };
 
+// Of a positive normal number; infinity and NaN give some number.
 template <typename Real>
-FASTSEQ_INLINE Vec<Real> log(Vec<Real> x) {
+FASTSEQ_INLINE Vec<Real> log_of_finite(Vec<Real> x) {
   const ReducedLog<Real> l(x);
-  const Vec<Real> value = fma(l.exponent, broadcast(ExpConstants<Real>::kLn2High), l.f + l.small);
-  return x < broadcast(LogConstants<Real>::kInfinity) ? value : x;
+  return fma(l.exponent, broadcast(ExpConstants<Real>::kLn2High), l.f + l.small);
 }
 
 // log(1 + y) for y > -1, where y.low may be NaN if y.high is infinite. What 1 + y has rounded away is added again.

@@ -219,5 +219,21 @@ FASTSEQ_INLINE void transpose(Vec<Real> (&rows)[kLanes<Real>]) {
   }
 }
 
+// The sum of each row's lanes, row i's in lane i. Rounds of the transpose whose two results are added at once: each
+// halves the number of vectors.
+template <typename Real>
+FASTSEQ_INLINE Vec<Real> sum_lanes(Vec<Real> (&rows)[kLanes<Real>]) {
+  constexpr int n = kLanes<Real>;
+  FASTSEQ_UNROLL
+  for (int half = n / 2; half > 0; half /= 2) FASTSEQ_UNROLL
+  for (int i = 0; i < n / 2; ++i) {
+    if (i >= half) continue;
+    Vec<Real> low, high;
+    interleave<Real>(rows[i], rows[i + half], &low, &high, typename MakeIndices<n>::type{});
+    rows[i] = low + high;
+  }
+  return rows[0];
+}
+
 }  // namespace
 }  // namespace fastseq

@@ -24,8 +24,7 @@ namespace {
 // 1 / x for x of at least the smallest normal number, to little more than half a unit in the last place.
 #if defined(__AVX512F__)
 FASTSEQ_INLINE Vec<float> reciprocal(Vec<float> x) {
-  const Vec<float> largest = broadcast(3.4028234e38f);
-  x = x > largest ? largest : x;  // infinity times the estimate, zero, would be NaN
+  x = at_most(3.4028234e38f, x);  // infinity times the estimate, zero, would be NaN
   const Vec<float> near = _mm512_maskz_rcp14_ps(0xffff, x);
   return fma(fma(-x, near, broadcast(1.0f)), near, near);
 }
@@ -138,11 +137,11 @@ class StudentT {
       others.add(v, is_nearest ? zero<Real>() : p);
       nearest_p[v] = is_nearest ? p : nearest_p[v];
     }
-    Lanes<Real> mass, nearest_excess, log_sum;
+    Lanes<Real> q_mass, nearest_excess, log_sum;  // q_mass: sum p / sum u
     FASTSEQ_UNROLL
     for (int v = 0; v < kPointVectors; ++v) {
       const Vec<Real> q = assigned(nearest_[v], v);
-      mass[v] = nearest_p[v] + others.value[v];
+      q_mass[v] = quotient(nearest_p[v] + others.value[v], sum_[v], inverse_[v]);
       // p - q sum p = p (1 - q) - q (sum of the other p)
       nearest_excess[v] = fma(nearest_p[v], others_q(v), -(q * others.value[v]));
       log_sum[v] = log1p<Real>({others_[v] / nearest_[v], zero<Real>()}).high;  // -log q of the nearest
@@ -153,13 +152,13 @@ class StudentT {
     sum_over_blocks(loss, [&](Range block, Lanes<Real>& part) {
       for (int64_t j = block.begin; j < block.end; ++j) FASTSEQ_UNROLL
       for (int v = 0; v < kPointVectors; ++v) {
-        const Vec<Real> p = get(given, j, v), u = get(numerators, j, v), q = assigned(u, v);
+        const Vec<Real> p = get(given, j, v), u = get(numerators, j, v);
         const auto is_nearest = first.is(u, v);
-        // log(p / q); q itself may have underflowed, but not where alpha is 1 and D is less than 1e37.
-        const Vec<Real> log_ratio = kUnitAlpha ? log_of(p * reciprocal(at_least_smallest(q)))
+        // log(p / q); q itself may have underflowed, but u not where alpha is 1 and D is less than 1e37.
+        const Vec<Real> log_ratio = kUnitAlpha ? log_of((p * sum_[v]) * reciprocal(at_least_smallest(u)))
                                                : log_of(p) - log_numerator(get(distances, j, v), v).high + log_sum[v];
         part[v] = fma(is_nearest ? zero<Real>() : p, log_ratio, part[v]);
-        const Vec<Real> excess = is_nearest ? nearest_excess[v] : fma(-q, mass[v], p);
+        const Vec<Real> excess = is_nearest ? nearest_excess[v] : fma(-u, q_mass[v], p);
         if (weights) put(numerators, j, v, factor * slope(u, j, v) * excess);
       }
     });
@@ -184,12 +183,13 @@ class StudentT {
         put(given, j, v, share);
       }
     }
-    Lanes<Real> total, inverse_total, nearest_excess;  // excess: p / q - 1
+    Lanes<Real> total, inverse_total, live_inverse, nearest_excess;  // excess: p / q - 1
     FASTSEQ_UNROLL
     for (int v = 0; v < kPointVectors; ++v) {
       const Vec<Real> q = assigned(nearest_[v], v), share = nearest_share[v];
       total[v] = fma(q, share, others.value[v]);
       inverse_total[v] = broadcast(Real(1)) / total[v];
+      live_inverse[v] = inverse_[v] * live[v];
       // share - total = share (1 - q) - (sum of the other q · share)
       const Vec<Real> excess = fma(share, others_q(v), -others.value[v]) * inverse_total[v];
       const Vec<Real> ratio = quotient(share, total[v], inverse_total[v]);
@@ -203,7 +203,7 @@ class StudentT {
     sum_over_blocks(loss, [&](Range block, Lanes<Real>& part) {
       for (int64_t j = block.begin; j < block.end; ++j) FASTSEQ_UNROLL
       for (int v = 0; v < kPointVectors; ++v) {
-        const Vec<Real> u = get(numerators, j, v), q = assigned(u, v) * live[v];
+        const Vec<Real> u = get(numerators, j, v), q = u * live_inverse[v];
         const auto is_nearest = first.is(u, v);
         const Vec<Real> ratio = quotient(get(given, j, v), total[v], inverse_total[v]);  // p / q
         part[v] = fma(is_nearest ? zero<Real>() : q * ratio, log_of(ratio), part[v]);
@@ -291,12 +291,9 @@ class StudentT {
   }
   // q of a numerator.
   FASTSEQ_INLINE Vec<Real> assigned(Vec<Real> u, int v) const { return quotient(u, sum_[v], inverse_[v]); }
-  FASTSEQ_INLINE static Vec<Real> at_least_smallest(Vec<Real> x) {
-    const Vec<Real> smallest = broadcast(LogConstants<Real>::kSmallest);
-    return x < smallest ? smallest : x;
-  }
-  // 0 log 0 is 0, so zero may have any logarithm that is finite.
-  FASTSEQ_INLINE static Vec<Real> log_of(Vec<Real> x) { return log<Real>(at_least_smallest(x)); }
+  FASTSEQ_INLINE static Vec<Real> at_least_smallest(Vec<Real> x) { return at_least(LogConstants<Real>::kSmallest, x); }
+  // For a factor of x, or of what is NaN when x is. 0 log 0 is 0, so zero may have any logarithm that is finite.
+  FASTSEQ_INLINE static Vec<Real> log_of(Vec<Real> x) { return log_of_finite<Real>(at_least_smallest(x)); }
   // 1 - q of the nearest centre
   FASTSEQ_INLINE Vec<Real> others_q(int v) const { return quotient(others_[v], sum_[v], inverse_[v]); }
   // log u_j relative to the largest
