@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastseq.cpu.extension import _cpu
-from fastseq.cpu.memory import STORAGE, address, dense, expect, storage_of
+from fastseq.cpu.memory import STORAGE, address, dense, expect, new_output, storage_of
 from fastseq.cpu.student_t import FREQUENCY_LOSS, TARGET_LOSS, check_points
 from fastseq.ops.needs import NEEDS_CENTERS, NEEDS_POINTS
 from fastseq.ops.tape import accumulate_dtype
@@ -28,8 +28,8 @@ def clustering_loss_fwd(
         raise ValueError("the kernel expects either target or freq")
     given = wide if target is None or target.dtype == wide else z.dtype
     expect((("target", target, (points, count), given), ("freq", freq, (count,), wide)))
-    dz = z.new_empty(z.shape if needs & NEEDS_POINTS else 0, dtype=wide)
-    dcenters = z.new_empty(centers.shape if needs & NEEDS_CENTERS else 0, dtype=wide)
+    dz = new_output(z, z.shape if needs & NEEDS_POINTS else (0,), wide)
+    dcenters = new_output(z, centers.shape if needs & NEEDS_CENTERS else (0,), wide)
     mean = reduction == "batchmean"
     if points == 0:
         return z.new_full((), float("nan") if mean else 0.0, dtype=wide), dz.zero_(), dcenters.zero_()

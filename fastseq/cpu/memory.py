@@ -69,9 +69,9 @@ def time_strides(tensor: Tensor | None) -> tuple[int, int]:
 LARGE_BYTES = 1 << 22
 
 
-def new_output(example: Tensor, shape: tuple[int, ...] | torch.Size) -> Tensor:
+def new_output(example: Tensor, shape: tuple[int, ...] | torch.Size, dtype: torch.dtype | None = None) -> Tensor:
     """Undefined memory that becomes the user's: torch's own, with huge pages asked for where it is large."""
-    made = example.new_empty(shape)
+    made = example.new_empty(shape, dtype=dtype)
     if made.nbytes >= LARGE_BYTES:
         _cpu.advise_huge_pages(made.data_ptr(), made.nbytes)
     return made
