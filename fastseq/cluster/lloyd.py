@@ -39,7 +39,19 @@ def kmeans(x: Tensor, k: int, *, n_init: int = 10, max_iter: int = 300, tol: flo
 
 
 def _run(x: Tensor, k: int, max_iter: int, threshold: float, random: torch.Generator) -> Clustering:
-    centers = plus_plus(x, k, random)
+    return lloyd(x, plus_plus(x, k, random), max_iter=max_iter, threshold=threshold)
+
+
+def lloyd(x: Tensor, centers: Tensor, *, max_iter: int, threshold: float) -> Clustering:
+    """Lloyd's iteration from given centres.
+
+    Args:
+        x: ``[N, d]``.
+        centers: ``[K, d]``.
+        max_iter: iterations, at most.
+        threshold: it ends when the centres move by no more than this, squared and summed, or no label changes.
+    """
+    k = len(centers)
     labels, distance = nearest_center(x, centers)
     iterations = 0
     while iterations < max_iter:
