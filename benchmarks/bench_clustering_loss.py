@@ -2,7 +2,8 @@
 
 Each provider is checked against the float64 reference before it is timed. The peers are those in use: pt-dec's
 broadcast form, ``torch.cdist``, and the expanded square in eager mode and compiled. The committed figures come from
-``--json benchmarks/results/clustering.json``, in one run or case by case.
+``--json benchmarks/results/clustering.json``, in one run or case by case. Memory is what the resident set of a fresh
+process grows by, less the gradients themselves.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from fastseq import functional as F
+from fastseq.cli.bench import memory
 from fastseq.cli.bench.results import IDENTITY, environment
 from fastseq.cli.timing import interleaved, quantiles
 
@@ -72,10 +74,11 @@ def matmul(z: Tensor, centers: Tensor, target: Tensor) -> Tensor:
     return torch.nn.functional.kl_div(q.log(), target, reduction="sum")
 
 
-def providers(case: Case) -> dict[str, Loss]:
-    """By name; the frequencies of ``fastseq, freq`` are those that the target was made of."""
-    z, centers, _ = case.inputs()
-    freq = F.accumulate_frequencies([z], centers).float()
+def providers(case: Case, freq: Tensor | None = None) -> dict[str, Loss]:
+    """By name; the frequencies of ``fastseq, freq`` are, unless given, those that the target was made of."""
+    if freq is None:
+        z, centers, _ = case.inputs()
+        freq = F.accumulate_frequencies([z], centers).float()
     found: dict[str, Loss] = {
         "fastseq": F.clustering_loss,
         "fastseq, freq": lambda z, centers, _: F.clustering_loss(z, centers, freq=freq),
@@ -118,6 +121,28 @@ def measure(case: Case, rounds: int) -> dict[str, list[float]]:
     return interleaved(calls, rounds)
 
 
+def extra_mib(case: Case, name: str) -> float | None:
+    """Memory that loss and gradients take beside inputs and gradients, in MiB, in a process of its own.
+
+    None where the system does not tell; and for what is compiled, since the compiler's own memory cannot be told apart.
+    """
+    if name.endswith("compiled"):
+        return None
+    grown = memory.in_fresh_process(_growth, case, name, torch.get_num_threads())
+    return None if grown is None else max(0.0, grown - 4 * case.d * (case.N + case.K) / 2**20)
+
+
+def _growth(case: Case, name: str, threads: int) -> float | None:
+    torch.set_num_threads(threads)
+    tiny = Case(64 * threads, case.d, 4)
+    training(providers(tiny)[name], tiny.inputs())  # the library's code, its threads and autograd's
+    # Not by case.inputs(), whose scratch memory the loss could take over and seem to need none.
+    z, centers = (torch.randn(n, case.d).requires_grad_() for n in (case.N, case.K))
+    inputs = z, centers, torch.rand(case.N, case.K).softmax(-1)
+    loss = providers(case, torch.full((case.K,), case.N / case.K))[name]
+    return memory.growth_mib(partial(training, loss, inputs))
+
+
 def merged(old: dict[str, Any] | None, environment: dict[str, Any], cases: list[dict[str, Any]]) -> dict[str, Any]:
     """The file's contents: the cases of ``old`` that were not measured again, and the new ones, in the order of CASES.
 
@@ -155,7 +180,7 @@ def main() -> None:
             ratio = quantiles([bar / mine for bar, mine in zip(samples[best], seconds, strict=True)])
             time = quantiles([1e3 * value for value in seconds])
             print(f"  {name:18} {time.median:9.3f} ms  ({time.p20:.3f} to {time.p80:.3f})  {ratio.median:6.2f}x")
-            figures[name] = {"ms": asdict(time), "ratio": asdict(ratio)}
+            figures[name] = {"ms": asdict(time), "ratio": asdict(ratio), "extra_mib": extra_mib(case, name)}
         results.append({"case": str(case), "rounds": args.rounds, "best": best, "figures": figures})
     if args.json is not None:
         old = json.loads(args.json.read_text(encoding="utf-8")) if args.json.exists() else None

@@ -12,7 +12,7 @@ RESULTS = Path(__file__).resolve().parent / "results" / "clustering.json"
 BEGIN = "<!-- clustering figures: written by `python -m benchmarks.table` -->"
 END = "<!-- end of clustering figures -->"
 MISSING = "No figures are committed yet: `python -m benchmarks.bench_clustering_loss` measures them on your machine.\n"
-HEAD = ("N, d, K", "", "ms (p20–p80)", "best of torch over it (p20–p80)", "must", "aim", "reached")
+HEAD = ("N, d, K", "", "ms (p20–p80)", "best of torch over it (p20–p80)", "must", "aim", "reached", "extra MiB")
 NUMBERS_FROM = 2
 
 
@@ -27,7 +27,7 @@ def rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
     lines: list[tuple[str, ...]] = []
     for each in results["cases"]:
         for name, figures in each["figures"].items():
-            time, ratio = figures["ms"], figures["ratio"]
+            time, ratio, extra = figures["ms"], figures["ratio"], figures.get("extra_mib")
             judged = ("", "", "")
             if name == "fastseq":
                 must, aim = goals[each["case"]]
@@ -40,6 +40,7 @@ def rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
                     f"{time['median']:.3g} ({time['p20']:.3g}–{time['p80']:.3g})",
                     f"{ratio['median']:.2f} ({ratio['p20']:.2f}–{ratio['p80']:.2f})",
                     *judged,
+                    "–" if extra is None else f"{extra:.1f}" if extra < 100 else f"{extra:.0f}",
                 )
             )
     return lines
@@ -52,7 +53,8 @@ def render(results: dict[str, Any] | None) -> str:
     counts = sorted({each["rounds"] for each in results["cases"]})
     rounds = " to ".join(str(count) for count in sorted({counts[0], counts[-1]}))
     lines = [
-        f"{report.where(results['environment'])}. {rounds} interleaved rounds; ratios within a round.",
+        f"{report.where(results['environment'])}. {rounds} interleaved rounds; ratios within a round. "
+        "Extra: what memory grows by beside the gradients themselves.",
         "",
         *table(HEAD, rows(results), NUMBERS_FROM),
     ]

@@ -38,11 +38,14 @@ def test_figures_are_rendered_row_by_row():
 
 def test_clustering_figures_are_rendered_row_by_row():
     spread = {"median": 2.0, "p20": 1.5, "p80": 4.5}
-    figures = {name: {"ms": spread, "ratio": spread} for name in ("fastseq", "cdist")}
+    figures = {
+        name: {"ms": spread, "ratio": spread, "extra_mib": extra}
+        for name, extra in (("fastseq", 3.21), ("cdist", None))
+    }
     environment = {"cpu": "X", "cores": 2, "threads": 2, "instruction_set": "avx2", "date": "d", "commit": "c" * 40}
     case = {"case": "(70000, 10, 10)", "rounds": 5, "best": "cdist", "figures": figures}
     text = clustering_table.render({"environment": environment, "cases": [case]})
-    assert "| 70000, 10, 10 | fastseq | 2 (1.5–4.5) | 2.00 (1.50–4.50) | 4× | 9× | no |" in text
+    assert "| 70000, 10, 10 | fastseq | 2 (1.5–4.5) | 2.00 (1.50–4.50) | 4× | 9× | no | 3.2 |" in text
     assert "| 70000, 10, 10 | cdist (best of torch) | 2 (1.5–4.5) |" in text
     assert "commit `cccccccccccc`. 5 interleaved rounds" in text
 

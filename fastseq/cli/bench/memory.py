@@ -7,9 +7,11 @@ started no threads, since importing it anew would take seconds for each.
 """
 
 import multiprocessing
+from collections.abc import Callable
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,12 +25,20 @@ def peak_mib(case: Case, provider: str, threads: int) -> float | None:
     """Growth of the resident set in MiB above what layer and input take, during the first calls: results, tape,
     gradients, scratch memory and packed weights. A tiny layer has run before, so that the library's code, its threads
     and autograd's are not counted. None where the system does not tell, or the process failed."""
+    return in_fresh_process(_measure, case, provider, threads)
+
+
+def in_fresh_process(measure: Callable[..., float | None], *args: Any) -> float | None:
+    """What ``measure(*args)``, a function of a module, gives in a process of its own that has imported torch alone.
+
+    None where the system does not tell memory, or the process failed.
+    """
     if not Path("/proc/self/clear_refs").exists():
         return None
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch"])
     ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_measure, args=(case, provider, threads, theirs), daemon=True)
+    process = context.Process(target=_answer, args=(theirs, measure, args), daemon=True)
     process.start()
     theirs.close()
     try:
@@ -42,8 +52,26 @@ def peak_mib(case: Case, provider: str, threads: int) -> float | None:
     return grown
 
 
-def _measure(case: Case, provider: str, threads: int, answer: Connection) -> None:
-    """In the child: sends the growth, or None where the system does not let it be measured."""
+def growth_mib(call: Callable[[], object]) -> float | None:
+    """How far the resident set of this process rises above what it is now, in MiB, while ``CALLS`` calls run.
+
+    None where the system does not let it be measured.
+    """
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is resident now
+        before = _status_kib("VmRSS")
+        for _ in range(CALLS):
+            call()
+        return max(0, _status_kib("VmHWM") - before) / 1024
+    except OSError:
+        return None
+
+
+def _answer(answer: Connection, measure: Callable[..., float | None], args: tuple[Any, ...]) -> None:
+    answer.send(measure(*args))
+
+
+def _measure(case: Case, provider: str, threads: int) -> float | None:
     from fastseq.cli.bench.measure import call_of
     from fastseq.cli.bench.problem import Problem
     from fastseq.cli.bench.providers import by_name
@@ -52,15 +80,7 @@ def _measure(case: Case, provider: str, threads: int, answer: Connection) -> Non
     tiny = Problem(replace(case, T=2, B=min(case.B, 2 * threads), I=16, H=64, proj_size=case.proj_size and 32))
     call_of(tiny, by_name(provider).runner(tiny))()
     problem = Problem(case)
-    call = call_of(problem, by_name(provider).runner(problem))
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is resident now
-        before = _status_kib("VmRSS")
-        for _ in range(CALLS):
-            call()
-        answer.send(max(0, _status_kib("VmHWM") - before) / 1024)
-    except OSError:
-        answer.send(None)
+    return growth_mib(call_of(problem, by_name(provider).runner(problem)))
 
 
 def _status_kib(name: str) -> int:
