@@ -11,7 +11,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from fastseq.reference.common import accumulate_dtype, gradients, without_autocast
-from fastseq.reference.student_t import log_assignment, log_softmax
+from fastseq.reference.student_t import log_assignment
 
 
 def clustering_loss(
@@ -29,13 +29,11 @@ def clustering_loss(
         log_q = log_assignment(z.to(wide), centers.to(wide), alpha)  # [N, K]
         if target is None:
             assert freq is not None
-            log_p = log_softmax(2 * log_q.detach() - freq.detach().to(wide).log())
-            p = log_p.exp()
-            p_log_p = p * log_p
+            p = (2 * log_q.detach() - freq.detach().to(wide).log()).softmax(-1)
         else:
             p = target.detach().to(wide)
-            p_log_p = p.xlogy(p)  # 0 where p is 0
-        loss = (p_log_p - p * log_q).sum()
+        # xlogy, since p log p is 0 where p is 0
+        loss = (p.xlogy(p) - p * log_q).sum()
         return loss / len(z) if reduction == "batchmean" else loss
 
 
