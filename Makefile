@@ -38,11 +38,15 @@ help:  ## this list
 demo: install  ## train a character model with torch.nn and fastseq, then cluster digits (3 minutes; writes demo.png)
 	$(PY) -m fastseq demo $(ARGS)
 
+# A process for each core, with one thread each: two of two threads would wait for one another. Tests of several threads
+# ask for them. ARGS="-n 0" runs all in one process.
+PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist worksteal
+
 test: install  ## the quick tier of tests
-	$(PY) -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 test-full: install  ## every combination
-	$(PY) -m pytest --full $(ARGS)
+	$(PYTEST) --full $(ARGS)
 
 lint: install  ## ruff, mypy and clang-format, changing nothing
 	$(BIN)/ruff check .

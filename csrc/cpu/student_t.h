@@ -310,12 +310,15 @@ class StudentT {
   }
   template <typename Body>
   FASTSEQ_INLINE void sum_over_blocks(Lanes<Real>* total, const Body& body) const {
+    CarefulSum<Real> sum;
     for (int64_t begin = 0; begin < K; begin += kSumBlock) {
       Lanes<Real> part;
       fill<Real>(part, 0);
       body(Range{begin, begin + kSumBlock < K ? begin + kSumBlock : K}, part);
-      add<Real>(*total, part);
+      FASTSEQ_UNROLL
+      for (int v = 0; v < kPointVectors; ++v) sum.add(v, part[v]);
     }
+    add<Real>(*total, sum.value);
   }
 };
 

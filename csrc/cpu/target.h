@@ -90,8 +90,7 @@ class TargetDistribution {
   void sharpen(int64_t first, Real* group) const {
     constexpr int n = kLanes<Real>;
     load_group<Beyond::kRepeat>(p_.storage, p_.q, first, p_.N, p_.K, group);
-    Lanes<Real> total;
-    fill<Real>(total, 0);
+    CarefulSum<Real> sum;
     for (int64_t begin = 0; begin < p_.K; begin += kSumBlock) {
       Lanes<Real> part;
       fill<Real>(part, 0);
@@ -105,14 +104,16 @@ class TargetDistribution {
           store(at, weight);
         }
       }
-      add<Real>(total, part);
+      FASTSEQ_UNROLL
+      for (int v = 0; v < kPointVectors; ++v) sum.add(v, part[v]);
     }
+    Lanes<Real> scale;
     FASTSEQ_UNROLL
-    for (int v = 0; v < kPointVectors; ++v) total[v] = broadcast(Real(1)) / total[v];
+    for (int v = 0; v < kPointVectors; ++v) scale[v] = broadcast(Real(1)) / sum.value[v];
     for (int64_t j = 0; j < p_.K; ++j) FASTSEQ_UNROLL
     for (int v = 0; v < kPointVectors; ++v) {
       Real* at = group + j * kGroupStride<Real> + v * n;
-      store(at, load(at) * total[v]);
+      store(at, load(at) * scale[v]);
     }
     store_group(p_.storage, group, first, p_.N, p_.K, p_.p);
   }
