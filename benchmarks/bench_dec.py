@@ -14,7 +14,7 @@ import platform
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from importlib import util
+from importlib import metadata, util
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -111,28 +111,29 @@ def measure(data: Labelled, recipe: dict[str, Any], seed: int, progress: bool) -
 
 
 def measure_clustpy(data: Labelled, recipe: dict[str, Any], seed: int) -> Result:
-    """ClustPy's DEC, with the same layers and the same number of epochs and batch size in pretraining."""
-    import inspect
-
+    """ClustPy's DEC with the same layers, batches and epochs in both stages, else as ClustPy has it."""
     from clustpy.deep import DEC as Peer
-    from clustpy.deep.autoencoders import FeedforwardAutoencoder
+    from clustpy.deep.neural_networks import FeedforwardAutoencoder
 
-    k = recipe["n_clusters"]
-    torch.manual_seed(seed)
-    hidden = list(recipe.get("hidden_sizes", (500, 500, 2000)))
-    autoencoder = FeedforwardAutoencoder([data.data.shape[1], *hidden, k])
-    wanted = {
-        "n_clusters": k,
-        "batch_size": recipe.get("pretrain_batch_size", 256),
-        "pretrain_epochs": recipe["pretrain_epochs"],
-        "autoencoder": autoencoder,
-        "embedding_size": k,
-        "random_state": seed,
-    }
-    known = inspect.signature(Peer.__init__).parameters
+    ours = DEC(**recipe)
+    x = np.asarray(data.data, np.float32)
+    code_size = ours.n_clusters if ours.code_size is None else ours.code_size
     start = time.perf_counter()
-    labels = Peer(**{name: value for name, value in wanted.items() if name in known}).fit(np.asarray(data.data)).labels_
-    return judge(METHODS[5], seed, data, labels, time.perf_counter() - start)
+    torch.manual_seed(seed)
+    network = FeedforwardAutoencoder([x.shape[1], *ours.hidden_sizes, code_size], random_state=seed)
+    network.fit(n_epochs=ours.pretrain_epochs, batch_size=ours.pretrain_batch_size, data=x)
+    shared = time.perf_counter() - start
+    epochs = -(-ours.max_iter // -(-len(x) // ours.batch_size))
+    start = time.perf_counter()
+    peer = Peer(
+        ours.n_clusters,
+        batch_size=ours.batch_size,
+        neural_network=network,
+        embedding_size=code_size,
+        clustering_epochs=epochs,
+        random_state=seed,
+    )
+    return judge(METHODS[5], seed, data, peer.fit(x).labels_, time.perf_counter() - start, shared)
 
 
 def environment() -> dict[str, Any]:
@@ -143,6 +144,7 @@ def environment() -> dict[str, Any]:
         "cpu": model.partition(":")[2].strip() or platform.processor(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
+        "clustpy": metadata.version("clustpy") if util.find_spec("clustpy") is not None else None,
     }
 
 

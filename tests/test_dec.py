@@ -1,5 +1,6 @@
 """Deep embedded clustering: scikit-learn's checks, the paper's formulas, inputs of all kinds, kill and resume."""
 
+import copy
 import random
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from fastseq import checkpoint
+from fastseq._seeds import Noise, generator
 from fastseq.autoencoder import Autoencoder, VariationalAutoencoder
 from fastseq.autoencoder.points import Points
 from fastseq.cluster import DEC
@@ -37,7 +39,13 @@ def test_scikit_learn(estimator, check):
 def settings(**changes):
     values = {"alpha": 1.0, "optimizer": "sgd", "learning_rate": 0.1, "momentum": 0.0, "batch_size": 150}
     values |= {"update_interval": 5, "tol": 0.0, "max_iter": 5, "target": "stored", "reconstruction_weight": 0.0}
-    values |= {"train_encoder": True, "precision": "float32", "seed": 0}
+    values |= {
+        "train_encoder": True,
+        "precision": "float32",
+        "seed": 0,
+        "corruption": "gaussian",
+        "clustering_noise": 0.0,
+    }
     return Settings(**values | changes)
 
 
@@ -87,6 +95,28 @@ def test_reconstruction_beside_the_clustering():
         torch.testing.assert_close(idec - start, (dec - start) - 0.1 * own.grad)
 
 
+def test_noise_in_the_joint_training():
+    """The noisy points are pulled to the target of the points themselves; the decoder gives the points themselves."""
+    x = torch.from_numpy(points(dtype=np.float64)[0])
+    torch.manual_seed(0)
+    model = Autoencoder(8, (5,), 3).double()
+    centers = torch.randn(4, 3, dtype=torch.float64)
+    chosen = settings(clustering_noise=0.3, reconstruction_weight=2.0)
+    joint = Joint(copy.deepcopy(model), centers, Points(x, torch.float64), chosen)
+    joint.refresh()
+    target, order = joint.target, torch.randperm(len(x), generator=generator(0, 3, 0))
+    joint.step()
+
+    clean = x[order]
+    z = model.code(clean + 0.3 * Noise(generator(0, 4, 0), 0, len(x)).normal(clean))
+    u = 1 / (1 + (z[:, None] - centers).square().sum(2))
+    p = target[order]
+    kl = (p * (p * u.sum(1, keepdim=True) / u).log()).sum() / len(x)
+    (kl + 2.0 * (model.decoded(z) - clean).square().mean()).backward()
+    for got, start in zip(joint.autoencoder.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(got.detach(), start.detach() - 0.1 * start.grad)
+
+
 def test_centers_only():
     x = points()[0]
     model = small(train_encoder=False, max_iter=20).fit(x)
@@ -98,7 +128,13 @@ def test_centers_only():
 
 def test_finds_blobs():
     x, y = points(300)
-    for changes in ({}, {"target": "streamed"}, {"reconstruction_weight": 10.0}, {"optimizer": "adam"}):
+    for changes in (
+        {},
+        {"target": "streamed"},
+        {"reconstruction_weight": 10.0},
+        {"optimizer": "adam"},
+        {"clustering_noise": 0.2},
+    ):
         model = small(pretrain_epochs=60, max_iter=200, tol=0.001, **changes).fit(x)
         assert clustering_accuracy(y, model.labels_) > 0.95
         assert model.converged_
@@ -208,7 +244,7 @@ def test_half_precision_and_double():
 @pytest.mark.parametrize("target", ["stored", "streamed"])
 def test_interrupted_after_each_save_ends_with_the_same_bits(tmp_path, monkeypatch, target):
     x, path = points()[0], tmp_path / "c.safetensors"
-    whole = small(target=target, pretrain_epochs=2, max_iter=30).fit(x)
+    whole = small(target=target, pretrain_epochs=2, max_iter=30, clustering_noise=0.1).fit(x)
     save, saved = checkpoint.save, []
 
     def save_and_stop(name, state):
@@ -218,7 +254,8 @@ def test_interrupted_after_each_save_ends_with_the_same_bits(tmp_path, monkeypat
 
     monkeypatch.setattr(checkpoint, "save", save_and_stop)
     for _ in range(100):
-        part = small(target=target, pretrain_epochs=2, max_iter=30, checkpoint=path, checkpoint_interval=0)
+        options = {"target": target, "pretrain_epochs": 2, "max_iter": 30, "clustering_noise": 0.1}
+        part = small(**options, checkpoint=path, checkpoint_interval=0)
         try:
             part.fit(x)
             break
@@ -310,6 +347,8 @@ def test_refusals():
         ({"n_clusters": 151}, "n_clusters: expected at most n_samples=150"),
         ({"alpha": 0.0}, "alpha: expected a number above 0"),
         ({"tol": -1}, "tol: expected at least 0"),
+        ({"corruption": "salt"}, "corruption: expected one of masking, gaussian"),
+        ({"clustering_noise": 1.0}, "clustering_noise: expected a number from 0 to below 1"),
         ({"target": "kept"}, "target: expected one of stored, streamed"),
         ({"dtype": "int8"}, "dtype: expected one of float32, float64"),
         ({"learning_rate": 1e30, "precision": "float32"}, r"the loss is .* lower learning_rate"),

@@ -18,6 +18,22 @@ def masked(x: Tensor, level: float, noise: Noise) -> Tensor:
     return x * (noise.uniform(x) >= level)
 
 
+def corrupted(x: Tensor, corruption: str, level: float, noise: Noise) -> Tensor:
+    """``x [B, d]`` with a share ``level`` of its numbers masked, or with N(0, level²) added; level 0: ``x`` itself."""
+    if level == 0:
+        return x
+    return masked(x, level, noise) if corruption == "masking" else x + level * noise.normal(x)
+
+
+def check_corruption(corruption: str, level: float, name: str = "level") -> None:
+    """Refuses what :func:`corrupted` cannot do, with ValueError."""
+    if corruption not in CORRUPTIONS:
+        raise ValueError(f"corruption: expected one of {', '.join(CORRUPTIONS)}, got {corruption!r}")
+    if not level >= 0 or (corruption == "masking" and level >= 1):
+        wanted = "from 0 to below 1" if corruption == "masking" else "of at least 0"
+        raise ValueError(f"{name}: expected a number {wanted}, got {level}")
+
+
 class DenoisingAutoencoder(Autoencoder):
     """Minimises ``L(x, g(f(x + noise)))`` (Vincent et al. 2008).
 
@@ -42,17 +58,11 @@ class DenoisingAutoencoder(Autoencoder):
         output: str = "linear",
     ) -> None:
         super().__init__(input_size, hidden_sizes, code_size, activation=activation, output=output)
-        if corruption not in CORRUPTIONS:
-            raise ValueError(f"corruption: expected one of {', '.join(CORRUPTIONS)}, got {corruption!r}")
-        if not level >= 0 or (corruption == "masking" and level >= 1):
-            wanted = "from 0 to below 1" if corruption == "masking" else "of at least 0"
-            raise ValueError(f"level: expected a number {wanted}, got {level}")
+        check_corruption(corruption, level)
         self.corruption, self.level = corruption, level
 
     def arguments(self) -> dict[str, Any]:
         return super().arguments() | {"corruption": self.corruption, "level": self.level}
 
     def corrupt(self, x: Tensor, noise: Noise) -> Tensor:
-        if self.level == 0:
-            return x
-        return masked(x, self.level, noise) if self.corruption == "masking" else x + self.level * noise.normal(x)
+        return corrupted(x, self.corruption, self.level, noise)

@@ -18,6 +18,7 @@ from fastseq import autoencoder as kinds
 from fastseq import checkpoint as files
 from fastseq import functional as F
 from fastseq.autoencoder.base import Autoencoder
+from fastseq.autoencoder.denoising import check_corruption
 from fastseq.autoencoder.points import Points
 from fastseq.autoencoder.ranks import Ranks
 from fastseq.autoencoder.training import OPTIMIZERS, PRECISIONS, Plan, train
@@ -65,6 +66,9 @@ class DEC(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, BaseE
             is made anew from each batch's Q, so that nothing of size N·K is held.
         reconstruction_weight: 0 for DEC; above 0, the weight of the reconstruction loss beside the clustering loss,
             which makes it IDEC (its gamma of 0.1 on the clustering loss is a weight of 10 here).
+        clustering_noise: the level of ``corruption`` in the joint training: corrupted points are pulled to the target
+            P of the points themselves, which moves the borders of clusters to where few points are (Guo et al. 2018,
+            "Deep embedded clustering with data augmentation"). 0, as in the paper of 2016: none.
         train_encoder: False trains the centres only (the paper's "DEC w/o backprop").
         precision: ``"bfloat16"`` computes the large layers in bfloat16; the code and all parameters stay in float32.
         dtype: ``"float32"`` or ``"float64"``, of the parameters.
@@ -109,6 +113,7 @@ class DEC(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, BaseE
         max_iter: int = 20_000,
         target: str = "stored",
         reconstruction_weight: float = 0.0,
+        clustering_noise: float = 0.0,
         train_encoder: bool = True,
         precision: str = "float32",
         dtype: str = "float32",
@@ -138,6 +143,7 @@ class DEC(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, BaseE
         self.max_iter = max_iter
         self.target = target
         self.reconstruction_weight = reconstruction_weight
+        self.clustering_noise = clustering_noise
         self.train_encoder = train_encoder
         self.precision = precision
         self.dtype = dtype
@@ -214,6 +220,8 @@ class DEC(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, BaseE
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        check_corruption(self.corruption, self.noise, "noise")
+        check_corruption(self.corruption, self.clustering_noise, "clustering_noise")
         if self.autoencoder is not None and not isinstance(self.autoencoder, Autoencoder):
             raise TypeError(f"autoencoder: expected an Autoencoder or None, got {type(self.autoencoder).__name__}")
 

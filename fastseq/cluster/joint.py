@@ -17,14 +17,15 @@ from torch import Tensor, nn
 
 from fastseq import functional as F
 from fastseq._interrupt import deferred
-from fastseq._seeds import generator
+from fastseq._seeds import Noise, generator
 from fastseq.autoencoder.base import Autoencoder
+from fastseq.autoencoder.denoising import corrupted
 from fastseq.autoencoder.points import Points
 from fastseq.autoencoder.ranks import Ranks
 from fastseq.autoencoder.training import Bar, autocast, make_optimizer
 
 _BATCH = 2048  # points encoded at a time
-_ORDER = 3  # the place of the random numbers; training.py has 0 to 2
+_ORDER, _NOISE = 3, 4  # places of the random numbers; training.py has 0 to 2
 
 State = dict[str, Any]
 
@@ -44,6 +45,8 @@ class Settings:
     target: str
     reconstruction_weight: float
     train_encoder: bool
+    corruption: str
+    clustering_noise: float
     precision: str
     seed: int
 
@@ -63,10 +66,11 @@ class _Loss(nn.Module):
                 self.trained.append(autoencoder.decoder)
         self._autoencoder = [autoencoder]  # in a list, so that it is not registered
 
-    def forward(self, x: Tensor, target: Tensor | None, freq: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, target: Tensor | None, freq: Tensor | None, noise: Noise) -> Tensor:
         autoencoder, weight = self._autoencoder[0], self.settings.reconstruction_weight
+        seen = corrupted(x, self.settings.corruption, self.settings.clustering_noise, noise)
         with torch.set_grad_enabled(self.settings.train_encoder and torch.is_grad_enabled()):
-            z = autoencoder.code(x)
+            z = autoencoder.code(seen)
         # The sum over points: several processes need not have equally many.
         loss = F.clustering_loss(z, self.centers, target, freq=freq, alpha=self.settings.alpha)
         if weight and self.settings.train_encoder:
@@ -152,11 +156,14 @@ class Joint:
         if batch == 0 or not hasattr(self, "order"):
             self.order = torch.randperm(count, generator=generator(settings.seed, _ORDER, epoch))
         rows = self.order[batch * settings.batch_size : (batch + 1) * settings.batch_size]
-        mine = rows[self.ranks.share(len(rows))]
+        share = self.ranks.share(len(rows))
+        mine = rows[share]
+        x = self.points.take(mine)
+        noise = Noise(generator(settings.seed, _NOISE, self.step_number, device=x.device), share.start, len(rows))
         target = None if self.target is None else self.target.index_select(0, mine.to(self.target.device))
         self.optimizer.zero_grad(set_to_none=True)
         with autocast(settings.precision, self.points.device):
-            loss = self.module(self.points.take(mine), target, self.freq)
+            loss = self.module(x, target, self.freq, noise)
         (loss * (self.ranks.count / len(rows))).backward()  # the mean over the batch of all processes
         self.optimizer.step()
         self.step_number += 1
