@@ -42,7 +42,6 @@ LOADERS: dict[str, Callable[[Path | None], Labelled]] = {
 METHODS = ("k-means", "autoencoder + k-means", "DEC without backprop", "DEC", "IDEC", "ClustPy DEC")
 PRETRAINING = (
     "hidden_sizes",
-    "corruption",
     "noise",
     "pretrain_epochs",
     "pretrain_batch_size",
