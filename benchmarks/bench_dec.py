@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import time
 from collections.abc import Callable
@@ -136,13 +137,14 @@ def measure_clustpy(data: Labelled, recipe: dict[str, Any], seed: int) -> Result
 
 
 def environment() -> dict[str, Any]:
-    """Where it was measured."""
+    """Where it was measured, and beside what: far above the number of threads, ``load`` makes the seconds too long."""
     model = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "")
     return {
         "commit": commit(),
         "cpu": model.partition(":")[2].strip() or platform.processor(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
+        "load": round(os.getloadavg()[2], 1),
         "clustpy": metadata.version("clustpy") if util.find_spec("clustpy") is not None else None,
     }
 
@@ -187,9 +189,16 @@ def render(stored: dict[str, Any]) -> str:
         lines += [
             "",
             f"{name}: {entry['points']:,} points of {entry['features']} features; {where['cpu']}, {where['threads']} "
-            f"threads, torch {where['torch']}, commit {where['commit']}; {json.dumps(entry['recipe'])}",
+            f"threads, load average {where.get('load', 'not recorded')}, torch {where['torch']}, "
+            f"commit {where['commit']}; {json.dumps(entry['recipe'])}",
         ]
     return "\n".join(lines) + "\n"
+
+
+def read() -> dict[str, Any]:
+    """The stored results of all data sets."""
+    stored: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    return stored
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -203,7 +212,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--progress", action="store_true", help="show bars")
     args = parser.parse_args(argv)
     data, recipe = LOADERS[args.data](args.data_dir), dict(RECIPES[args.data])
-    stored = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    stored = read()
     entry = {
         "environment": environment(),
         "recipe": recipe,
@@ -218,8 +227,10 @@ def main(argv: list[str] | None = None) -> int:
         if not args.no_peer and util.find_spec("clustpy") is not None:
             results.append(measure_clustpy(data, recipe, seed))
         entry["results"] += [asdict(result) for result in results]
-        stored[args.data] = entry
-        RESULTS.write_text(json.dumps(stored, indent=1) + "\n")  # after each seed: the runs are long
+        # After each seed, since the runs are long, and beside what a run of other data has written meanwhile.
+        stored = read() | {args.data: entry}
+        entry["environment"]["load"] = max(entry["environment"]["load"], environment()["load"])
+        RESULTS.write_text(json.dumps(stored, indent=1) + "\n")
         TABLE.write_text(render(stored))
     print("\n".join(rows(args.data, stored[args.data])))
     return 0
