@@ -191,9 +191,8 @@ class RecurrentForward(_Module):
             extras.reset = self._time_major_reset(extras.reset, packing.steps, packing.batch, batched=True)
         if extras.reset_states is not None:
             extras.reset_states = self._batched_resets(extras.reset_states, packing.steps, packing.batch, batched=True)
-        order = None  # PackedSequence has both indices or neither
-        if sorted_indices is not None and unsorted_indices is not None:
-            order = BatchOrder(sorted_indices, unsorted_indices)
+        order = None if sorted_indices is None else BatchOrder(sorted_indices, unsorted_indices)
+        if order is not None:
             states, extras = _arranged(states, extras, order)
 
         everything: tuple[Tensor, ...]
