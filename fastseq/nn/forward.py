@@ -18,7 +18,6 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fastseq.errors import ShapeError
 from fastseq.nn import vendor
-from fastseq.nn.order import BatchOrder
 from fastseq.nn.packing import Packing
 from fastseq.nn.streaming import Form, PackedStep
 from fastseq.ops.checks import refuse_shape
@@ -104,13 +103,9 @@ class RecurrentForward(_Module):
         """Whether the module computes something that torch.nn's does not."""
         return (self.recurrent_dropout > 0 and self.training) or self.grad_clip is not None or self.recompute
 
-    def _draws_noise(self) -> bool:
-        """Whether masks are drawn, which belong to places in the batch."""
-        return bool(self.training and (self.dropout or self.recurrent_dropout))
-
     def _alters_step(self) -> bool:
         """Whether a step computes something else than the plain layers, at least by chance."""
-        return self._draws_noise()
+        return bool(self.training and (self.dropout or self.recurrent_dropout))
 
     def _step_nonlinearity(self) -> str | None:
         """Of an Elman layer; None for the LSTM."""
@@ -165,12 +160,7 @@ class RecurrentForward(_Module):
         if self._served_by_vendor(x, extras):
             y, finals, everything = *vendor.run(self, x, states), ()
         else:
-            order = None if self._draws_noise() else BatchOrder.by_length(x, extras.lengths)
-            if order is not None:
-                x, states, extras = x.index_select(1, order.there), *_arranged(states, extras, order)
             y, finals, everything = self._stack(x, states, extras, None)
-            if order is not None:
-                y, finals, everything = y.index_select(1, order.back), *_restored(finals, everything, order)
         if not batched:
             finals = tuple(state.squeeze(1) for state in finals)
             return y.squeeze(1), finals, tuple(state.squeeze(2) for state in everything)
@@ -191,9 +181,12 @@ class RecurrentForward(_Module):
             extras.reset = self._time_major_reset(extras.reset, packing.steps, packing.batch, batched=True)
         if extras.reset_states is not None:
             extras.reset_states = self._batched_resets(extras.reset_states, packing.steps, packing.batch, batched=True)
-        order = None if sorted_indices is None else BatchOrder(sorted_indices, unsorted_indices)
-        if order is not None:
-            states, extras = _arranged(states, extras, order)
+        if sorted_indices is not None:  # the caller's order -> the packed order
+            states = tuple(state.index_select(1, sorted_indices) for state in states)
+            if extras.reset is not None:
+                extras.reset = extras.reset.index_select(1, sorted_indices.to(extras.reset.device))
+            if extras.reset_states is not None:
+                extras.reset_states = tuple(state.index_select(-2, sorted_indices) for state in extras.reset_states)
 
         everything: tuple[Tensor, ...]
         if self._served_by_vendor(data, extras):
@@ -202,8 +195,9 @@ class RecurrentForward(_Module):
             extras.lengths = packing.lengths
             padded, finals, everything = self._stack(packing.pad(data), states, extras, packing)
             y = packing.pack(padded)
-        if order is not None:
-            finals, everything = _restored(finals, everything, order)
+        if unsorted_indices is not None:
+            finals = tuple(state.index_select(1, unsorted_indices) for state in finals)
+            everything = tuple(state.index_select(2, unsorted_indices) for state in everything)
         if self.batch_first:
             everything = tuple(state.transpose(1, 2) for state in everything)
         return PackedSequence(y, batch_sizes, sorted_indices, unsorted_indices), finals, everything
@@ -413,29 +407,6 @@ class RecurrentForward(_Module):
             if state.shape not in (shape, (steps, *shape)):
                 refuse_shape(name, f"the shape {list(shape)} of hx, or with a leading T {[steps, *shape]}", state.shape)
         return states if batched else tuple(state.unsqueeze(-2) for state in states)
-
-
-def _arranged(states: tuple[Tensor, ...], extras: Extras, order: BatchOrder) -> tuple[tuple[Tensor, ...], Extras]:
-    """States and extras in the order of the layers."""
-    there = order.there
-    lengths, reset, reset_states = extras.lengths, extras.reset, extras.reset_states
-    arranged = Extras(
-        None if lengths is None else lengths.index_select(0, there.to(lengths.device)),
-        None if reset is None else reset.index_select(1, there.to(reset.device)),
-        None if reset_states is None else tuple(state.index_select(-2, there) for state in reset_states),
-        extras.return_states,
-    )
-    return tuple(state.index_select(1, there) for state in states), arranged
-
-
-def _restored(
-    finals: tuple[Tensor, ...], everything: tuple[Tensor, ...], order: BatchOrder
-) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """The last states and all states in the order of the caller."""
-    back = order.back
-    return tuple(state.index_select(1, back) for state in finals), tuple(
-        state.index_select(2, back) for state in everything
-    )
 
 
 def _flags(x: Tensor, extras: Extras, directions: int) -> list[Tensor | None]:

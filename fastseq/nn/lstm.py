@@ -136,16 +136,13 @@ class LSTMForward(RecurrentForward):
             or self.zoneout != (0, 0)
         )
 
-    def _draws_noise(self) -> bool:
-        return super()._draws_noise() or (self.training and self.zoneout != (0, 0))
-
     def _alters_step(self) -> bool:
         return (
             self.peephole
             or self.layer_norm is not None
             or self.cell_clip is not None
             or self.zoneout != (0, 0)
-            or super()._alters_step()
+            or bool(self.training and (self.dropout or self.recurrent_dropout))
         )
 
     def _step_nonlinearity(self) -> str | None:

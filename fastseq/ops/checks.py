@@ -98,7 +98,7 @@ def check_time(lengths: Any, reset: Any, steps: int, batch: int) -> None:
             raise TypeError(f"lengths: expected an integer dtype such as torch.int64, got {lengths.dtype}")
         if lengths.shape != (batch,):
             refuse_shape("lengths", f"shape [B] = [{batch}]", lengths.shape)
-        if batch and readable(lengths):
+        if batch and _readable(lengths):
             low, high = (int(value) for value in torch.aminmax(lengths))
             if low < 0 or high > steps:
                 raise ShapeError(f"lengths: expected values from 0 to T = {steps}, got {low if low < 0 else high}")
@@ -176,8 +176,7 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def readable(value: Tensor) -> bool:
-    """Whether numbers can be read: not while compiling or exporting, in functorch, on meta, in a graph capture."""
+def _readable(value: Tensor) -> bool:
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
     if value.is_meta or torch._C._len_torch_dispatch_stack() > 0:
