@@ -1,4 +1,4 @@
-"""Gradients are no further from float64 than torch.nn's, by the rule of fastseq.testing, where sums over time are long."""
+"""Gradients are no further from float64 than torch.nn's, by the rule of fastseq.testing, over long sequences too."""
 
 from __future__ import annotations
 
