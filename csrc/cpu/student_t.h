@@ -239,9 +239,12 @@ class StudentT {
     const Vec<Real> factor = broadcast(scale);
     for (int64_t j = 0; j < K; ++j) FASTSEQ_UNROLL
     for (int v = 0; v < kPointVectors; ++v) {
-      const Vec<Real> u = get(numerators, j, v);
-      const Vec<Real> excess = first.is(u, v) ? nearest_excess[v] : mean[v] - get(given, j, v);
-      put(numerators, j, v, factor * slope(u, j, v) * (assigned(u, v) * excess));
+      const Vec<Real> u = get(numerators, j, v), q = assigned(u, v);
+      // All g of one size lie on one grid, so that mean - g loses the same at each of them: that would not cancel in a
+      // sum over many centres.
+      const Twofold<Real> excess = exact_sum<Real>(mean[v], -get(given, j, v));
+      const Vec<Real> weight = first.is(u, v) ? q * nearest_excess[v] : fma(q, excess.high, q * excess.low);
+      put(numerators, j, v, factor * slope(u, j, v) * weight);
     }
   }
 
