@@ -41,7 +41,7 @@ def test_digits_as_a_subprocess(tmp_path):
     assert len(rows) == 1797
     model = DEC.load(out / "model.safetensors")
     assert [int(row["cluster"]) for row in rows] == model.labels_.tolist()
-    assert np.load(out / "centers.npy").shape == (10, 20)
+    assert np.load(out / "centers.npy").shape == (10, 10)  # clusters, and as many numbers in a code
     assert [entry["step"] for entry in json.loads((out / "history.json").read_text())["clustering"]] == [0, 10, 20]
     facts = json.loads(target.read_text())
     assert sum(facts["sizes"]) == 1797
