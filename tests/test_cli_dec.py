@@ -32,7 +32,7 @@ def test_digits_as_a_subprocess(tmp_path):
         command(*FEW, "--out", out, "--json", target), env=ONE_THREAD, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert "pretraining: 100%" in done.stderr
+    assert "pretraining 5 of 5: 100%" in done.stderr
     assert "k-means of the data: accuracy 0.7" in done.stdout
     wanted = "labels.csv centers.npy history.json embedding.png history.png top.png reconstructions.png"
     assert {path.name for path in out.iterdir()} == {*wanted.split(), "model.safetensors", "report.md"}
@@ -41,7 +41,7 @@ def test_digits_as_a_subprocess(tmp_path):
     assert len(rows) == 1797
     model = DEC.load(out / "model.safetensors")
     assert [int(row["cluster"]) for row in rows] == model.labels_.tolist()
-    assert np.load(out / "centers.npy").shape == (10, 10)  # clusters, and as many numbers in a code
+    assert np.load(out / "centers.npy").shape == (10, 10)
     assert [entry["step"] for entry in json.loads((out / "history.json").read_text())["clustering"]] == [0, 10, 20]
     facts = json.loads(target.read_text())
     assert sum(facts["sizes"]) == 1797

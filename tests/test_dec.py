@@ -163,6 +163,28 @@ def test_what_it_gives():
     assert np.array_equal(small().fit_predict(x), model.labels_)
 
 
+def test_takes_the_pretraining_that_agrees_with_the_others(monkeypatch):
+    """One of three autoencoders is made to be useless: it is not taken, wherever it stands."""
+    x, y = points()
+    whole = DEC._make_autoencoder
+    for bad in range(3):
+        made = iter(range(-1, 3))  # the first that is made holds the parameters of the one that is taken
+
+        def make(self, points, seed, made=made, bad=bad):
+            model = whole(self, points, seed)
+            if next(made) == bad:
+                for parameter in model.parameters():
+                    parameter.data.zero_().requires_grad_(False)
+                model.encoder[-1].weight.data[0, 0] = 1e-3
+                model.terms = lambda x, noise: {"none": torch.zeros((), requires_grad=True)}
+            return model
+
+        monkeypatch.setattr(DEC, "_make_autoencoder", make)
+        model = small(n_pretrain=3, pretrain_epochs=60, max_iter=0).fit(x)
+        assert clustering_accuracy(y, model.labels_) > 0.9
+        assert len(model.history_["pretraining"]) == 60
+
+
 def test_pipeline_and_clone():
     x, _ = points()
     pipeline = clone(make_pipeline(StandardScaler(), small()))
@@ -244,7 +266,7 @@ def test_half_precision_and_double():
 @pytest.mark.parametrize("target", ["stored", "streamed"])
 def test_interrupted_after_each_save_ends_with_the_same_bits(tmp_path, monkeypatch, target):
     x, path = points()[0], tmp_path / "c.safetensors"
-    whole = small(target=target, pretrain_epochs=2, max_iter=30, clustering_noise=0.1).fit(x)
+    whole = small(target=target, pretrain_epochs=2, n_pretrain=2, max_iter=30, clustering_noise=0.1).fit(x)
     save, saved = checkpoint.save, []
 
     def save_and_stop(name, state):
@@ -254,7 +276,7 @@ def test_interrupted_after_each_save_ends_with_the_same_bits(tmp_path, monkeypat
 
     monkeypatch.setattr(checkpoint, "save", save_and_stop)
     for _ in range(100):
-        options = {"target": target, "pretrain_epochs": 2, "max_iter": 30, "clustering_noise": 0.1}
+        options = {"target": target, "pretrain_epochs": 2, "n_pretrain": 2, "max_iter": 30, "clustering_noise": 0.1}
         part = small(**options, checkpoint=path, checkpoint_interval=0)
         try:
             part.fit(x)
@@ -346,6 +368,7 @@ def test_refusals():
         ({"n_clusters": 0}, "n_clusters: expected at least 1"),
         ({"n_clusters": 151}, "n_clusters: expected at most n_samples=150"),
         ({"alpha": 0.0}, "alpha: expected a number above 0"),
+        ({"n_pretrain": 0}, "n_pretrain: expected at least 1"),
         ({"tol": -1}, "tol: expected at least 0"),
         ({"corruption": "salt"}, "corruption: expected one of masking, gaussian"),
         ({"clustering_noise": 1.0}, "clustering_noise: expected a number from 0 to below 1"),

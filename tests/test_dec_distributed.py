@@ -12,7 +12,7 @@ from dec_cases import SMALL, points
 
 from fastseq.cluster import DEC
 
-STEPS = {"dtype": "float64", "pretrain_epochs": 2, "max_iter": 20, "clustering_noise": 0.1}
+STEPS = {"dtype": "float64", "pretrain_epochs": 2, "max_iter": 20, "clustering_noise": 0.1, "n_pretrain": 2}
 
 
 def options(target, weight):

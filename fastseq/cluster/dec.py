@@ -11,12 +11,14 @@ from typing import Any, Self
 import numpy as np
 import torch
 from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, ClusterMixin, TransformerMixin
+from sklearn.metrics import adjusted_rand_score
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
 from fastseq import autoencoder as kinds
 from fastseq import checkpoint as files
 from fastseq import functional as F
+from fastseq._seeds import generator
 from fastseq.autoencoder.base import Autoencoder
 from fastseq.autoencoder.denoising import check_corruption
 from fastseq.autoencoder.points import Points
@@ -27,6 +29,7 @@ from fastseq.cluster.joint import Joint, Settings
 from fastseq.cluster.lloyd import kmeans
 
 TARGETS = ("stored", "streamed")
+_PRETRAIN = 5  # a place of random numbers; joint.py has 3 and 4
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 # What does not change the steps that are taken, so that a checkpoint may go on with other values.
 _FREE = ("autoencoder", "checkpoint", "checkpoint_interval", "device", "max_iter", "progress", "random_state")
@@ -52,6 +55,8 @@ class DEC(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, BaseE
         noise: the share that is masked, or the standard deviation of the Gaussian noise in the units of the data.
         pretrain_epochs: passes over the data.
         pretrain_batch_size: points in a step of pretraining.
+        n_pretrain: autoencoders that are pretrained, each from a start of its own. The one is taken whose k-means
+            agrees most with those of the others (the largest sum of adjusted Rand indices; no labels).
         pretrain_learning_rate: of Adam; it is divided by 10 for the last quarter of the epochs.
         n_init: restarts of k-means.
         alpha: degrees of freedom of the Student's t kernel.
@@ -101,6 +106,7 @@ class DEC(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, BaseE
         noise: float = 0.2,
         pretrain_epochs: int = 100,
         pretrain_batch_size: int = 256,
+        n_pretrain: int = 1,
         pretrain_learning_rate: float = 1e-3,
         n_init: int = 20,
         alpha: float = 1.0,
@@ -131,6 +137,7 @@ class DEC(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, BaseE
         self.noise = noise
         self.pretrain_epochs = pretrain_epochs
         self.pretrain_batch_size = pretrain_batch_size
+        self.n_pretrain = n_pretrain
         self.pretrain_learning_rate = pretrain_learning_rate
         self.n_init = n_init
         self.alpha = alpha
@@ -184,8 +191,7 @@ class DEC(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, BaseE
         stage = "pretraining" if state is None else state["stage"]
         inner = None if state is None else state["inner"]
         if stage == "pretraining" and self.autoencoder is None:
-            history["pretraining"] = self._pretrain(model, points, seed, header, inner)
-            inner = None
+            history["pretraining"] = self._pretrain(model, points, seed, header, state)
         if stage == "pretraining":
             inner = None
         joint = self._joint(model, points, seed, inner)
@@ -207,7 +213,7 @@ class DEC(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, BaseE
         return self
 
     def _check_arguments(self) -> None:
-        for name in ("n_clusters", "n_init", "batch_size", "pretrain_batch_size", "update_interval"):
+        for name in ("n_clusters", "n_init", "n_pretrain", "batch_size", "pretrain_batch_size", "update_interval"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
         for name in ("max_iter", "tol", "pretrain_epochs", "momentum", "reconstruction_weight"):
@@ -245,32 +251,56 @@ class DEC(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, BaseE
         return model.to(points.device, points.dtype)
 
     def _pretrain(
-        self, model: Autoencoder, points: Points, seed: int, header: State, inner: State | None
+        self, model: Autoencoder, points: Points, seed: int, header: State, state: State | None
     ) -> list[dict[str, float]]:
-        plan = Plan(
-            epochs=self.pretrain_epochs,
-            batch_size=self.pretrain_batch_size,
-            learning_rate=self.pretrain_learning_rate,
-            decay_epochs=max(1, -(-3 * self.pretrain_epochs // 4)),
-            seed=seed,
-            precision=self.precision,
-        )
+        """Gives ``model`` the parameters of the autoencoder that is taken, and returns the history of that one."""
+        done: list[State] = [] if state is None else state.get("done", [])  # whole pretrainings
+        inner = None if state is None else state["inner"]
+        for run in range(len(done), self.n_pretrain):
+            plan = Plan(
+                epochs=self.pretrain_epochs,
+                batch_size=self.pretrain_batch_size,
+                learning_rate=self.pretrain_learning_rate,
+                decay_epochs=max(1, -(-3 * self.pretrain_epochs // 4)),
+                seed=seed if run == 0 else generator(seed, _PRETRAIN, run).initial_seed(),
+                precision=self.precision,
+            )
 
-        def save(inner: State) -> None:
-            history = {"pretraining": [], "clustering": []}  # type: ignore[var-annotated]
-            files.save(Path(self.checkpoint), {**header, "stage": "pretraining", "history": history, "inner": inner})  # type: ignore[arg-type]
+            def save(inner: State) -> None:
+                history = {"pretraining": [], "clustering": []}  # type: ignore[var-annotated]
+                parts = {"stage": "pretraining", "history": history, "done": done, "inner": inner}
+                files.save(Path(self.checkpoint), {**header, **parts})  # type: ignore[arg-type]
 
-        return train(
-            model.terms,
-            (model,),
-            points,
-            plan,
-            save=None if self.checkpoint is None else save,
-            interval=self.checkpoint_interval,
-            state=inner,
-            progress=self.progress,
-            label="pretraining",
-        )
+            candidate = self._make_autoencoder(points, plan.seed)
+            history = train(
+                candidate.terms,
+                (candidate,),
+                points,
+                plan,
+                save=None if self.checkpoint is None else save,
+                interval=self.checkpoint_interval,
+                state=inner,
+                progress=self.progress,
+                label="pretraining" if self.n_pretrain == 1 else f"pretraining {run + 1} of {self.n_pretrain}",
+            )
+            done.append({"parameters": candidate.state_dict(), "history": history})
+            inner = None
+        taken = done[self._most_agreed(model, [one["parameters"] for one in done], points, seed)]
+        model.load_state_dict(taken["parameters"])
+        pretraining: list[dict[str, float]] = taken["history"]
+        return pretraining
+
+    def _most_agreed(self, model: Autoencoder, candidates: list[State], points: Points, seed: int) -> int:
+        """Which parameters of ``model`` give the k-means that is most like those of the others."""
+        if len(candidates) == 1:
+            return 0
+        partitions = []
+        for parameters in candidates:
+            model.load_state_dict(parameters)
+            joint = self._joint(model, points, seed, None)
+            z = joint.ranks.gather(joint.encode(), len(points))
+            partitions.append(F.nearest_center(z, joint.centers)[0].cpu().numpy())
+        return int(np.argmax([sum(adjusted_rand_score(one, other) for other in partitions) for one in partitions]))
 
     def _joint(self, model: Autoencoder, points: Points, seed: int, inner: State | None) -> Joint:
         names = Settings.__dataclass_fields__

@@ -1,9 +1,10 @@
 """Arguments of DEC that suit the data sets of :mod:`fastseq.datasets`.
 
 No fit sees a label, but the recipes of digits and Reuters-21578 were chosen by accuracy, so that their figures are on
-the kind side. Digits: about twenty recipes were looked at on some of the seeds 0 to 4; the chosen one was then run on
-seeds 5 to 7 too, and ended between 82 and 86% there, as on 0 to 4 (82 to 87%). Reuters-21578: about ten, on seeds 0
-and 1. The others start from published recipes and have not been tried out.
+the kind side. Digits: about twenty recipes were looked at, most on some of the seeds 0 to 7 only. One that kept eight
+seeds of eight above 80% lost two of five on another build of torch, which rounds otherwise: hence ``n_pretrain``. What is
+here now was then run on seeds 0 to 8, and none was left out. Reuters-21578: about ten on seeds 0 and 1; ``n_pretrain``
+was added after seed 2 had come to 58%. The others start from published recipes and have not been tried out.
 """
 
 from __future__ import annotations
@@ -11,21 +12,22 @@ from __future__ import annotations
 from typing import Any
 
 RECIPES: dict[str, dict[str, Any]] = {
-    # Batches of 64: 1,797 points make few steps in an epoch, and codes that are not trained long hang on the seed.
-    # Without tol, since noise keeps points at the borders moving.
+    # 1,797 points leave it to the start, and to rounding, which digits an autoencoder keeps apart: one of five to seven
+    # ends below 80%, so five are pretrained. Without tol, since noise keeps points at the borders moving.
     "digits": {
         "n_clusters": 10,
-        "hidden_sizes": (256, 256, 512),
+        "hidden_sizes": (128, 128, 256),
         "corruption": "gaussian",
         "noise": 0.3,
-        "pretrain_epochs": 120,
+        "pretrain_epochs": 100,
         "pretrain_batch_size": 64,
-        "clustering_noise": 0.2,
+        "n_pretrain": 5,
+        "clustering_noise": 0.3,
         "optimizer": "adam",
         "learning_rate": 1e-3,
         "update_interval": 40,
         "tol": 0.0,
-        "max_iter": 1000,
+        "max_iter": 400,
     },
     # Adam, large batches and bfloat16 in place of the paper's 300,000 steps of SGD.
     "mnist": {
@@ -44,6 +46,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "hidden_sizes": (500,),
         "code_size": 10,
         "pretrain_epochs": 10,
+        "n_pretrain": 5,
         "update_interval": 26,
         "tol": 5e-3,
         "max_iter": 520,
