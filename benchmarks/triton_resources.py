@@ -27,8 +27,8 @@ from fastseq.kernels import (
     target_distribution,
 )
 from fastseq.kernels.ahead import TARGETS, Resources, compile_ahead
-from fastseq.kernels.launch import Grid, Launch
-from fastseq.ops.tape import slopes_shape, tape_shapes
+from fastseq.kernels.launch import Grid, Launch, whole_loads
+from fastseq.ops.tape import padded, slopes_shape, tape_shapes
 
 TABLE = Path(__file__).resolve().parent / "results" / "triton_resources.md"
 
@@ -183,9 +183,9 @@ def _lstm(case: Configuration, made: plan.Plan, dtype: torch.dtype) -> Iterator[
         zoneout = _meta(T, B, H, dtype=torch.uint8)
         options = {"h_mask": h, "zoneout_h": zoneout, "zoneout_c": zoneout, "peephole": _meta(3, H, dtype=dtype)}
     if case.backward:
-        dgates = _meta(T, B, 4 * H, dtype=dtype)
+        dgates = _meta(T, B, whole_loads(4 * H, dtype), dtype=dtype)
         return lstm.backward_launches(made, y, w, gates, c, h, dgates, wide, wide, flags, False, **options)
-    return lstm.forward_launches(made, gates, w, b, b, h, h, wide, y, c, flags, False, **options)
+    return lstm.forward_launches(made, gates, w, b, b, h, wide, y, c, flags, False, **options)
 
 
 def _rnn(case: Configuration, made: plan.Plan, dtype: torch.dtype) -> Iterator[Launch]:
@@ -195,8 +195,9 @@ def _rnn(case: Configuration, made: plan.Plan, dtype: torch.dtype) -> Iterator[L
     flags = _meta(T, B, dtype=torch.uint8) if case.options else None
     mask = h if case.options == "all" else None
     if case.backward:
-        return rnn.backward_launches(made, y, w, tape, y, _meta(B, H, dtype=torch.float32), flags, False, mask)
-    return rnn.forward_launches(made, tape, w, b, b, h, h, y, True, flags, "tanh", False, mask)
+        dsums, wide = _meta(T, B, padded(H), dtype=dtype), _meta(B, H, dtype=torch.float32)
+        return rnn.backward_launches(made, y, w, tape, dsums, wide, flags, False, mask)
+    return rnn.forward_launches(made, tape, w, b, b, h, y, True, flags, "tanh", False, mask)
 
 
 def configurations() -> list[Configuration]:
@@ -211,7 +212,7 @@ def configurations() -> list[Configuration]:
         (35, 20, 650),
     ]
     rnn_shapes = [(1000, 4, 1792), (512, 64, 512), (100, 256, 128)]
-    corners = [(64, 16, 20), (64, 40, 63), (64, 300, 512), (64, 16, 1500), (1, 16, 512), (64, 128, 320)]
+    corners = [(64, 16, 20), (64, 40, 63), (64, 300, 512), (64, 16, 331), (64, 16, 1500), (1, 16, 512), (64, 128, 320)]
     precise = [("float16", "ieee"), ("bfloat16", "ieee"), *(("float32", precision) for precision in plan.PRECISIONS)]
     found = []
     for op, shapes in (("lstm", lstm_shapes + corners), ("rnn", rnn_shapes + corners)):

@@ -70,7 +70,8 @@ def load_unit_rows(values, u, ok, H: tl.constexpr, ROWS: tl.constexpr):
     return rows
 
 
-# The recurrent product [BB, K] x [K, N], K in FULL chunks of W * KC and one last of W * LAST.
+# The recurrent product [BB, K] x [K, N], K in FULL chunks of W * KC and one last of W * LAST. The rows on the left have
+# BOUND numbers, a whole multiple of 16 bytes: K, and zeros. So loads of them are wide whatever K is.
 
 
 @triton.jit
@@ -107,29 +108,26 @@ def hold_weights(
 
 
 @triton.jit
-def state_chunk(rows, rows_ok, factors, START: tl.constexpr, K: tl.constexpr, KC: tl.constexpr, W: tl.constexpr):
+def state_chunk(rows, rows_ok, START: tl.constexpr, BOUND: tl.constexpr, KC: tl.constexpr, W: tl.constexpr):
     """[W, BB, KC] of the rows that begin at the pointers ``rows``, from the L2 cache: other programs wrote them."""
     k = (START + tl.arange(0, W)[:, None] * KC + tl.arange(0, KC)[None, :])[:, None, :]
     ok = rows_ok[None, :, None]
-    if START + W * KC > K:
-        ok = ok & (k < K)
-    h = tl.load(rows[None, :, None] + k, mask=ok, other=0.0, cache_modifier=".cg")
-    if factors is not None:
-        h = h * tl.load(factors[None, :, None] + k, mask=ok, other=0.0)
-    return h
+    if START + W * KC > BOUND:
+        ok = ok & (k < BOUND)
+    return tl.load(rows[None, :, None] + k, mask=ok, other=0.0, cache_modifier=".cg")
 
 
 @triton.jit
 def recurrent_product(
     rows,
     rows_ok,
-    factors,
     held,
     w,
     columns,
     columns_ok,
     stride,
     K: tl.constexpr,
+    BOUND: tl.constexpr,
     KC: tl.constexpr,
     FULL: tl.constexpr,
     LAST: tl.constexpr,
@@ -140,7 +138,7 @@ def recurrent_product(
     DEPTH: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """[BB, N] in float32: the rows (times ``factors`` where given) by the weights, held or read again.
+    """[BB, N] in float32: the rows by the weights, held or read again.
 
     Rows that are not ``rows_ok`` are zero. DEPTH chunks of the rows are on their way before the first is used.
     """
@@ -148,23 +146,21 @@ def recurrent_product(
     if HOLD:
         h = ()
         for i in tl.static_range(DEPTH if DEPTH < FULL else FULL):
-            h = h + (state_chunk(rows, rows_ok, factors, i * W * KC, K, KC, W),)
+            h = h + (state_chunk(rows, rows_ok, i * W * KC, BOUND, KC, W),)
         last = ()
         if LAST > 0:
-            last = (state_chunk(rows, rows_ok, factors, FULL * W * KC, K, LAST, W),)
+            last = (state_chunk(rows, rows_ok, FULL * W * KC, BOUND, LAST, W),)
         for i in tl.static_range(FULL):
             acc = tl.dot(h[i], held[i], acc, input_precision=PRECISION)
             if i + DEPTH < FULL:
-                h = h + (state_chunk(rows, rows_ok, factors, (i + DEPTH) * W * KC, K, KC, W),)
+                h = h + (state_chunk(rows, rows_ok, (i + DEPTH) * W * KC, BOUND, KC, W),)
         if LAST > 0:
             acc = tl.dot(last[0], held[FULL], acc, input_precision=PRECISION)
     else:
         for start in range(0, K, W * KC):
             k = start + tl.arange(0, W)[:, None] * KC + tl.arange(0, KC)[None, :]
-            ok = (k[:, None, :] < K) & rows_ok[None, :, None]
+            ok = (k[:, None, :] < BOUND) & rows_ok[None, :, None]
             chunk = tl.load(rows[None, :, None] + k[:, None, :], mask=ok, other=0.0, cache_modifier=".cg")
-            if factors is not None:
-                chunk = chunk * tl.load(factors[None, :, None] + k[:, None, :], mask=ok, other=0.0)
             k = k[:, :, None]
             weights = tl.load(
                 w + columns[None, None, :] + k * stride, mask=(k < K) & columns_ok[None, None, :], other=0.0

@@ -13,6 +13,7 @@ import triton
 from torch import Tensor
 
 from fastseq.kernels.plan import H100, Chip, Plan
+from fastseq.ops.tape import padded
 
 #: Whether this process interprets kernels (TRITON_INTERPRET=1 when triton was imported) instead of compiling them.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
@@ -100,6 +101,21 @@ def new_signals(plan: Plan, device: torch.device) -> Tensor | None:
     if plan.regime != "persistent":
         return None
     return torch.zeros(plan.groups * signals_per_group(plan), dtype=torch.int32, device=device)
+
+
+def new_exchange(h0: Tensor, h_mask: Tensor | None) -> Tensor:
+    """``[2, B, Hp]``: h, times ``h_mask``, as the recurrent product of a step reads it and, by turns, that of the next.
+    Place 1 holds what the first step reads. Rows are whole loads, whatever H is; zeros stand beyond it."""
+    batch, hidden = h0.shape
+    exchange = h0.new_zeros((2, batch, padded(hidden)))
+    exchange[1, :, :hidden] = h0 if h_mask is None else h0 * h_mask
+    return exchange
+
+
+def whole_loads(numbers: int, dtype: torch.dtype) -> int:
+    """``numbers`` rounded up to what loads of 16 bytes bring."""
+    each = 16 // dtype.itemsize
+    return -(-numbers // each) * each
 
 
 def ranges(plan: Plan, steps: int, backward: bool) -> Iterator[tuple[int, int]]:

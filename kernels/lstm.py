@@ -40,10 +40,12 @@ from fastseq.kernels.launch import (
     chip_of,
     expect,
     kernel_context,
+    new_exchange,
     new_signals,
     ranges,
     resident_constants,
     tile_constants,
+    whole_loads,
 )
 from fastseq.kernels.products import (
     input_precision,
@@ -165,7 +167,7 @@ def lstm_forward_spread(
     w_hh,  # [4H, H]
     b_ih,  # [4H] or None
     b_hh,  # [4H] or None
-    h0,  # [B, H]
+    exchange,  # [2, B, HP], by turns what the product of a step and of the next one reads; in, the first's in place 1
     h_state,  # [B, H]: in, h0; out, h_n
     c_state,  # [B, H] float32: in, c0; out, c_n
     y,  # [T, B, H]
@@ -224,46 +226,39 @@ def lstm_forward_spread(
         state = b[:, None] * H + u[None, :]
         c = tl.load(c_state + state, mask=ok, other=0.0)
         h = tl.load(h_state + state, mask=ok, other=0.0)
-        factors = None
         if h_mask is not None:
-            factors = h_mask + b * H
+            factors = tl.load(h_mask + state, mask=ok, other=0.0)
         for step in range(begin, begin + count):
+            row = step * batch + b
             if REVERSE:
-                t = T - 1 - step
-                row = t * batch + b
-                before = row + batch
-            else:
-                t = step
-                row = t * batch + b
-                before = row - batch
+                row = (T - 1 - step) * batch + b
             own = row[:, None] * H + u[None, :]
             tape = gates + row[:, None] * GATES_STRIDE + u[None, :]
             x_i, x_f, x_g, x_o = load_gates(tape, ok, HP)
             here = row_ok
-            from_h0 = step == 0
             row_flags = None
             if flags is not None:
                 row_flags = tl.load(flags + row, mask=row_ok, other=0).to(tl.int32)
-                # The step before was padding, or there is none: the carried state is the first one still.
-                from_h0 = (tl.load(flags + before, mask=row_ok & (step > 0), other=PADDING) & PADDING) != 0
                 cut = (row_flags & CUT) != 0
                 here = row_ok & (cut == 0)
                 c = tl.where(cut[:, None], 0.0, c)
                 h = tl.where(cut[:, None], 0.0, h).to(y.dtype.element_ty)
-            rows = tl.where(from_h0, h0 + b * H, y + before * H)
+            # Of the two places the one that this step writes was last read before all arrived at the end of that step.
+            read = exchange + ((step + 1) % 2 * batch + b) * HP
+            written = exchange + (step % 2 * batch + b)[:, None] * HP + u[None, :]
             if signals is not None:
                 if step > begin:
                     wait(signals, programs, epoch, SYNC, SIGNALS, INTERPRETED)
             z = recurrent_product(
-                rows,
+                read,
                 here,
-                factors,
                 held,
                 w_hh,
                 columns,
                 column < H,
                 1,
                 H,
+                HP,
                 KC,
                 FULL,
                 LAST,
@@ -286,11 +281,16 @@ def lstm_forward_spread(
                 p,
             )
             c, h, out = finish_forward(c_new, h_new, c, h, row_flags, own, ok, zoneout_h, zoneout_c)
-            tl.store(y + own, out, mask=ok)
+            left = h
+            if h_mask is not None:
+                left = h * factors
+            tl.store(written, tl.where(ok, left, 0.0).to(y.dtype.element_ty), mask=tape_ok)
             if signals is not None:
                 if step + 1 < begin + count:
                     epoch += 1
                     arrive(signals, tile, epoch, SYNC)
+            # Nobody waits for the rest.
+            tl.store(y + own, out, mask=ok)
             if SAVE:
                 store_gates(tape, tape_ok, HP, (i, f, g, o))
                 tl.store(c_tape + row[:, None] * HP + u[None, :], c, mask=tape_ok)
@@ -305,7 +305,7 @@ def lstm_backward_spread(
     gates,  # [T, B, GATES_STRIDE] float32
     c_tape,  # [T, B, HP] float32
     c0,  # [B, H]
-    dgates,  # [T, B, DGATES_STRIDE], a gate every H: out
+    dgates,  # [T, B, DGATES_STRIDE], a gate every H, then zeros up to BOUND: out
     dh_state,  # [B, H] float32: in, grad_h_n; out, what reaches h0 past the first step's product
     dc_state,  # [B, H] float32: in, grad_c_n; out, dc0
     flags,  # [T, B] uint8, or None
@@ -322,6 +322,7 @@ def lstm_backward_spread(
     GATES_STRIDE: tl.constexpr,
     DGATES_STRIDE: tl.constexpr,
     HP: tl.constexpr,
+    BOUND: tl.constexpr,
     REVERSE: tl.constexpr,
     BB: tl.constexpr,
     BH: tl.constexpr,
@@ -388,13 +389,13 @@ def lstm_backward_spread(
             product = recurrent_product(
                 dgates + after * DGATES_STRIDE,
                 here,
-                None,
                 held,
                 w_hh,
                 u,
                 unit_ok,
                 H,
                 4 * H,
+                BOUND,
                 KC,
                 FULL,
                 LAST,
@@ -710,7 +711,6 @@ def forward_launches(
     w_hh: Tensor,
     b_ih: Tensor | None,
     b_hh: Tensor | None,
-    h0: Tensor,
     h_state: Tensor,
     c_state: Tensor,
     y: Tensor,
@@ -753,7 +753,7 @@ def forward_launches(
         stored = w_hh.dtype if c is None else torch.float32
         yield Launch(lstm_forward_resident, plan, common, constants | resident_constants(plan, stored))
         return
-    common |= {"h0": h0, "signals": new_signals(plan, y.device)}
+    common |= {"exchange": new_exchange(h_state, h_mask), "signals": new_signals(plan, y.device)}
     for begin, count in ranges(plan, steps, backward=False):
         arguments = common | {"begin": begin, "count": count}
         yield Launch(lstm_forward_spread, plan, arguments, constants | tile_constants(plan))
@@ -776,7 +776,8 @@ def backward_launches(
     zoneout_c: Tensor | None = None,
     peephole: Tensor | None = None,
 ) -> Iterator[Launch]:
-    """The launches of BPTT, by a plan. Every tensor is dense but ``gates`` and ``dgates``, whose rows may lie apart."""
+    """The launches of BPTT, by a plan. Every tensor is dense but ``gates`` and ``dgates``, whose rows may lie apart;
+    those of ``dgates`` are whole loads, with zeros after the four gates."""
     steps, batch, width = c.shape
     common: dict[str, Tensor | int | None] = {
         "grad_y": grad_y,
@@ -806,6 +807,7 @@ def backward_launches(
         yield Launch(lstm_backward_resident, plan, common, constants | resident_constants(plan, w_hh.dtype))
         return
     common |= {"signals": new_signals(plan, c.device)}
+    constants["BOUND"] = whole_loads(4 * c0.shape[1], dgates.dtype)
     for begin, count in ranges(plan, steps, backward=True):
         arguments = common | {"begin": begin, "count": count}
         yield Launch(lstm_backward_spread, plan, arguments, constants | tile_constants(plan))
@@ -862,7 +864,6 @@ def lstm_fwd(
                 w_hh.contiguous(),
                 _dense(b_ih),
                 _dense(b_hh),
-                h0.contiguous(),
                 h_n,
                 c_state,
                 y,
@@ -926,7 +927,11 @@ def _backward(
     with kernel_context(x):
         none = x.new_empty(0)
         in_place = overwrite and x.dtype == torch.float32 and hidden == padded(hidden) and peephole is None
-        dgates = gates if in_place else x.new_empty((steps, batch, 4 * hidden))
+        if in_place:
+            dgates = gates
+        else:
+            dgates = x.new_empty((steps, batch, whole_loads(4 * hidden, x.dtype)))
+            dgates[..., 4 * hidden :] = 0.0
         dh0, dc0 = wide_state(grad_h_n, h0), wide_state(grad_c_n, c0)
         gates, w_hh = gates.contiguous(), w_hh.contiguous()
         if batch:

@@ -31,10 +31,12 @@ from fastseq.kernels.launch import (
     chip_of,
     expect,
     kernel_context,
+    new_exchange,
     new_signals,
     ranges,
     resident_constants,
     tile_constants,
+    whole_loads,
 )
 from fastseq.kernels.products import (
     input_precision,
@@ -60,7 +62,7 @@ def rnn_forward_spread(
     w_hh,  # [H, H]
     b_ih,  # [H] or None
     b_hh,  # [H] or None
-    h0,  # [B, H]
+    exchange,  # [2, B, HP], by turns what the product of a step and of the next one reads; in, the first's in place 1
     h_state,  # [B, H]: in, h0; out, h_n
     y,  # [T, B, H]
     flags,  # [T, B] uint8, or None
@@ -110,41 +112,36 @@ def rnn_forward_spread(
         tape_ok = row_ok[:, None] & (u < HP)[None, :]
         state = b[:, None] * H + u[None, :]
         h = tl.load(h_state + state, mask=ok, other=0.0)
-        factors = None
         if h_mask is not None:
-            factors = h_mask + b * H
+            factors = tl.load(h_mask + state, mask=ok, other=0.0)
         for step in range(begin, begin + count):
+            row = step * batch + b
             if REVERSE:
                 row = (T - 1 - step) * batch + b
-                before = row + batch
-            else:
-                row = step * batch + b
-                before = row - batch
             own = row[:, None] * H + u[None, :]
             place = tape + row[:, None] * TAPE_STRIDE + u[None, :]
             x = tl.load(place, mask=ok, other=0.0)
             here = row_ok
-            from_h0 = step == 0
             if flags is not None:
                 row_flags = tl.load(flags + row, mask=row_ok, other=0).to(tl.int32)
-                # The step before was padding, or there is none: the carried state is the first one still.
-                from_h0 = (tl.load(flags + before, mask=row_ok & (step > 0), other=PADDING) & PADDING) != 0
                 here = row_ok & ((row_flags & CUT) == 0)
                 pad = (row_flags & PADDING)[:, None] != 0
-            rows = tl.where(from_h0, h0 + b * H, y + before * H)
+            # Of the two places the one that this step writes was last read before all arrived at the end of that step.
+            read = exchange + ((step + 1) % 2 * batch + b) * HP
+            written = exchange + (step % 2 * batch + b)[:, None] * HP + u[None, :]
             if signals is not None:
                 if step > begin:
                     wait(signals, programs, epoch, SYNC, SIGNALS, INTERPRETED)
             z = recurrent_product(
-                rows,
+                read,
                 here,
-                factors,
                 held,
                 w_hh,
                 columns,
                 u < H,
                 1,
                 H,
+                HP,
                 KC,
                 FULL,
                 LAST,
@@ -163,11 +160,16 @@ def rnn_forward_spread(
                 out = tl.where(pad, 0.0, out).to(y.dtype.element_ty)
             else:
                 h = out
-            tl.store(y + own, out, mask=ok)
+            left = h
+            if h_mask is not None:
+                left = h * factors
+            tl.store(written, tl.where(ok, left, 0.0).to(y.dtype.element_ty), mask=tape_ok)
             if signals is not None:
                 if step + 1 < begin + count:
                     epoch += 1
                     arrive(signals, tile, epoch, SYNC)
+            # Nobody waits for the rest.
+            tl.store(y + own, out, mask=ok)
             if SAVE:
                 tl.store(place, slope, mask=tape_ok)
         tl.store(h_state + state, h, mask=ok)
@@ -178,7 +180,7 @@ def rnn_backward_spread(
     grad_y,  # [T, B, H] or None
     w_hh,  # [H, H]
     tape,  # [T, B, TAPE_STRIDE] float32: the slopes
-    dsums,  # [T, B, DSUMS_STRIDE]: out, the gradients of the sums under the nonlinearity
+    dsums,  # [T, B, DSUMS_STRIDE]: out, the gradients of the sums under the nonlinearity, then zeros up to BOUND
     dh_state,  # [B, H] float32: in, grad_h_n; out, what reaches h0 past the first step's product
     flags,  # [T, B] uint8, or None
     h_mask,  # [B, H] or None
@@ -190,6 +192,7 @@ def rnn_backward_spread(
     H: tl.constexpr,
     TAPE_STRIDE: tl.constexpr,
     DSUMS_STRIDE: tl.constexpr,
+    BOUND: tl.constexpr,
     REVERSE: tl.constexpr,
     BB: tl.constexpr,
     BH: tl.constexpr,
@@ -221,6 +224,7 @@ def rnn_backward_spread(
         b = (first + tl.arange(0, BB)).to(tl.int64)
         row_ok = b < B
         ok = row_ok[:, None] & unit_ok[None, :]
+        store_ok = row_ok[:, None] & (u < BOUND)[None, :]
         state = b[:, None] * H + u[None, :]
         dh_past = tl.load(dh_state + state, mask=ok, other=0.0)
         for n in range(count):
@@ -248,13 +252,13 @@ def rnn_backward_spread(
             product = recurrent_product(
                 dsums + after * DSUMS_STRIDE,
                 here,
-                None,
                 held,
                 w_hh,
                 u,
                 unit_ok,
                 H,
                 H,
+                BOUND,
                 KC,
                 FULL,
                 LAST,
@@ -274,7 +278,8 @@ def rnn_backward_spread(
             if flags is not None:
                 d = tl.where(pad, 0.0, d)
                 dh_past = tl.where(pad & (cut == 0), dh, 0.0)
-            tl.store(dsums + row[:, None] * DSUMS_STRIDE + u[None, :], d.to(dsums.dtype.element_ty), mask=ok)
+            value = tl.where(ok, d, 0.0).to(dsums.dtype.element_ty)
+            tl.store(dsums + row[:, None] * DSUMS_STRIDE + u[None, :], value, mask=store_ok)
             if signals is not None:
                 if n + 1 < count:
                     epoch += 1
@@ -477,7 +482,6 @@ def forward_launches(
     w_hh: Tensor,
     b_ih: Tensor | None,
     b_hh: Tensor | None,
-    h0: Tensor,
     h_state: Tensor,
     y: Tensor,
     save: bool,
@@ -511,7 +515,7 @@ def forward_launches(
     if plan.regime == "resident":
         yield Launch(rnn_forward_resident, plan, common, constants | resident_constants(plan, w_hh.dtype))
         return
-    common |= {"h0": h0, "signals": new_signals(plan, y.device)}
+    common |= {"exchange": new_exchange(h_state, h_mask), "signals": new_signals(plan, y.device)}
     for begin, count in ranges(plan, steps, backward=False):
         arguments = common | {"begin": begin, "count": count}
         yield Launch(rnn_forward_spread, plan, arguments, constants | tile_constants(plan))
@@ -528,7 +532,8 @@ def backward_launches(
     reverse: bool,
     h_mask: Tensor | None = None,
 ) -> Iterator[Launch]:
-    """The launches of BPTT, by a plan. Every tensor is dense but ``tape`` and ``dsums``, whose rows may lie apart."""
+    """The launches of BPTT, by a plan. Every tensor is dense but ``tape`` and ``dsums``, whose rows may lie apart;
+    those of ``dsums`` have room for whole loads."""
     steps = tape.shape[0]
     batch, hidden = dh_state.shape
     common: dict[str, Tensor | int | None] = {
@@ -552,6 +557,7 @@ def backward_launches(
         yield Launch(rnn_backward_resident, plan, common, constants | resident_constants(plan, w_hh.dtype))
         return
     common |= {"signals": new_signals(plan, tape.device)}
+    constants["BOUND"] = whole_loads(hidden, dsums.dtype)
     for begin, count in ranges(plan, steps, backward=True):
         arguments = common | {"begin": begin, "count": count}
         yield Launch(rnn_backward_spread, plan, arguments, constants | tile_constants(plan))
@@ -599,7 +605,6 @@ def rnn_fwd(
                 w_hh.contiguous(),
                 _dense(b_ih),
                 _dense(b_hh),
-                h0.contiguous(),
                 h_n,
                 y,
                 save,
@@ -649,7 +654,8 @@ def _backward(
     with kernel_context(x):
         none = x.new_empty(0)
         slopes, w_hh = slopes.contiguous(), w_hh.contiguous()
-        dsums = slopes if overwrite and x.dtype == torch.float32 else x.new_empty((steps, batch, hidden))
+        in_place = overwrite and x.dtype == torch.float32
+        dsums = slopes if in_place else x.new_empty((steps, batch, padded(hidden)))
         dh0 = wide_state(grad_h_n, h0)
         if batch:
             plan = plan_for(steps, batch, hidden, x.dtype, x.device, backward=True)
