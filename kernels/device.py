@@ -75,15 +75,30 @@ def load_unit_rows(values, u, ok, H: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit
+def row_offsets(k, stride: tl.constexpr, K: tl.constexpr):
+    """Of rows ``k`` of K, ``stride`` apart: in 64 bits where 32 would not do."""
+    if K * stride >= 2**31:
+        k = k.to(tl.int64)
+    return k * stride
+
+
+@triton.jit
 def weight_chunk(
-    w, columns, columns_ok, stride, START: tl.constexpr, K: tl.constexpr, KC: tl.constexpr, W: tl.constexpr
+    w,
+    columns,
+    columns_ok,
+    stride: tl.constexpr,
+    START: tl.constexpr,
+    K: tl.constexpr,
+    KC: tl.constexpr,
+    W: tl.constexpr,
 ):
     """[W, KC, N]: row k of column n is at w + columns[n] + k * stride."""
     k = (START + tl.arange(0, W)[:, None] * KC + tl.arange(0, KC)[None, :])[:, :, None]
     ok = columns_ok[None, None, :]
     if START + W * KC > K:
         ok = ok & (k < K)
-    return tl.load(w + columns[None, None, :] + k * stride, mask=ok, other=0.0)
+    return tl.load(w + columns[None, None, :] + row_offsets(k, stride, K), mask=ok, other=0.0)
 
 
 @triton.jit
@@ -91,7 +106,7 @@ def hold_weights(
     w,
     columns,
     columns_ok,
-    stride,
+    stride: tl.constexpr,
     K: tl.constexpr,
     KC: tl.constexpr,
     FULL: tl.constexpr,
@@ -125,7 +140,7 @@ def recurrent_product(
     w,
     columns,
     columns_ok,
-    stride,
+    stride: tl.constexpr,
     K: tl.constexpr,
     BOUND: tl.constexpr,
     KC: tl.constexpr,
@@ -163,7 +178,9 @@ def recurrent_product(
             chunk = tl.load(rows[None, :, None] + k[:, None, :], mask=ok, other=0.0, cache_modifier=".cg")
             k = k[:, :, None]
             weights = tl.load(
-                w + columns[None, None, :] + k * stride, mask=(k < K) & columns_ok[None, None, :], other=0.0
+                w + columns[None, None, :] + row_offsets(k, stride, K),
+                mask=(k < K) & columns_ok[None, None, :],
+                other=0.0,
             )
             acc = tl.dot(chunk, weights, acc, input_precision=PRECISION)
     return tl.sum(acc, axis=0)
@@ -203,11 +220,11 @@ def arrive(signals, tile, epoch, SYNC: tl.constexpr):
 def wait(signals, programs, epoch, SYNC: tl.constexpr, SIGNALS: tl.constexpr, INTERPRETED: tl.constexpr):
     """Return when all ``programs`` of the group have arrived at ``epoch``.
 
-    "counter": one number that all add to and poll. "flags": one number per program, read as a vector; the polling reads
-    are relaxed, so a fence follows them.
+    "counter": one number that all add to and poll; how far it is behind is told rightly where the count has wrapped
+    around. "flags": one number per program, read as a vector; the polling reads are relaxed, so a fence follows them.
     """
     if SYNC == "counter":
-        while tl.atomic_add(signals, 0, sem="acquire") < programs * epoch:
+        while tl.atomic_add(signals, 0, sem="acquire") - programs * epoch < 0:
             pass
     else:
         n = tl.arange(0, SIGNALS)
