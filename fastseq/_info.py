@@ -11,6 +11,7 @@ import torch
 
 from fastseq import cpu
 from fastseq._version import __version__
+from fastseq.kernels import plan
 from fastseq.ops import dispatch
 
 SWITCHES = ("FASTSEQ_IMPL", "FASTSEQ_CPU_ISA", "OMP_NUM_THREADS", "TRITON_INTERPRET")
@@ -27,7 +28,9 @@ def info() -> dict[str, Any]:
           ``isa``, the instruction set in use; ``isas``, those compiled that run here, best first; ``threads``, as
           ``torch.get_num_threads()`` has it; ``cores``, how many this process may use; ``openmp``, the OpenMP libraries
           that the process has loaded (more than one is a fault: they would compete for the cores);
-        - ``triton``: its version or None (nothing needs it yet);
+        - ``triton``: its version or None; only the kernels for CUDA tensors need it;
+        - ``triton_regimes``: for each recurrence, pass and size of a number, the hidden sizes that each regime of the
+          Triton kernels (see :mod:`fastseq.kernels.plan`) serves, on this GPU, or where there is none on an H100;
         - ``cuda``: ``available`` and ``device``, as torch has them;
         - ``ops``: for each operation and device, ``backend`` (None when a forced one cannot serve), ``why``, and
           ``options``: the backend of each option of the operation (of its backward, for those that are about that);
@@ -50,6 +53,7 @@ def info() -> dict[str, Any]:
             "openmp": _openmp_libraries(),
         },
         "triton": _triton_version(),
+        "triton_regimes": _triton_regimes(),
         "cuda": {"available": has_cuda, "device": torch.cuda.get_device_name() if has_cuda else None},
         "ops": {op: {device: _served(op, device) for device in ("cpu", "cuda")} for op in dispatch.OPS},
         "switches": {name: os.environ.get(name) for name in SWITCHES},
@@ -79,6 +83,23 @@ def _triton_version() -> str | None:
         except metadata.PackageNotFoundError:
             continue
     return "of unknown version"
+
+
+def _triton_regimes() -> dict[str, Any]:
+    chip = plan.H100
+    if torch.cuda.is_available():
+        facts = torch.cuda.get_device_properties(torch.cuda.current_device())
+        # AMD's has one number, NVIDIA's the one that a kernel may ask for beside the one that it gets unasked.
+        shared = getattr(facts, "shared_memory_per_block_optin", facts.shared_memory_per_block)
+        chip = plan.Chip(facts.multi_processor_count, shared)
+    return {
+        op: {
+            f"{which}, {8 * item} bit": plan.regimes(gates, item, which == "backward", chip)
+            for which in ("forward", "backward")
+            for item in (2, 4)
+        }
+        for op, gates in (("lstm", 4), ("rnn", 1))
+    }
 
 
 def _cpu_model() -> str:

@@ -2,10 +2,10 @@
 
 - ``resident``: the recurrent weights fit one SM. One program per tile of the batch walks through the whole sequence
   with the weights and h on chip, and waits for nobody.
-- ``persistent``: the weights are spread over the SMs, each program holding the columns of its units in
-  shared memory. The programs of one
-  tile of the batch form a group, which exchanges h through the L2 cache and waits for each other once per step. The
-  launch is cooperative: all programs run at once, or it fails.
+- ``persistent``: the weights are spread over the SMs, each program holding the columns of its units in shared memory;
+  where they do not fit there it reads them from the L2 cache at every step. The programs of one tile of the batch form
+  a group, which exchanges h through the L2 cache and waits for each other once per step. The launch is cooperative: all
+  programs run at once, or it fails.
 - ``step``: one launch per step, for a single step and for what does not fit a cooperative launch.
 
 A group that has several tiles of the batch to do takes one after the other, so any batch size fits.
@@ -13,6 +13,7 @@ A group that has several tiles of the batch to do takes one after the other, so 
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -30,6 +31,8 @@ ACCUMULATORS = 1024
 # Without tensor cores, and with an operand made of two, the weights take many registers on their way to the product.
 HELD_BYTES_FLOAT32 = {"ieee": 24 * 1024, "tf32": 128 * 1024, "tf32x3": 24 * 1024}
 RESIDENT_BYTES = {2: 128 * 1024, 4: 16 * 1024}  # by the bytes of a number
+# Hidden sizes beyond this one are not told apart.
+LARGEST_TOLD = 1 << 13
 BATCH_TILES = (16, 32)
 UNIT_TILES = (8, 16, 32, 64)
 
@@ -162,6 +165,19 @@ def choose(shape: Shape, chip: Chip, precision: str = "ieee", cooperative: bool 
     if regime == "resident":
         return _resident(shape, given, precision)
     return _spread(shape, chip, given, precision, regime)
+
+
+def regimes(gates: int, item: int, backward: bool, chip: Chip = H100) -> str:
+    """Which regime serves which hidden sizes: of T > 1, a single tile of the batch, products in "ieee" precision."""
+
+    def rank(H: int) -> int:
+        made = choose(Shape(gates, backward, 2, 1, H, item), chip)
+        return REGIMES.index(made.regime) + (made.regime == "step" or (made.regime == "persistent" and not made.hold))
+
+    ends = [bisect.bisect_right(range(1, LARGEST_TOLD + 1), limit, key=rank) for limit in range(3)]
+    names = (REGIMES[0], REGIMES[1], "persistent with streamed weights", REGIMES[2])
+    told = [f"{name} to {end}" for name, end in zip(names, ends, strict=False) if end < LARGEST_TOLD]
+    return ", ".join([*told, f"{names[len(told)]} beyond"])
 
 
 def _fits_one_multiprocessor(shape: Shape, chip: Chip) -> bool:

@@ -9,6 +9,7 @@ import torch
 
 import fastseq
 from fastseq.cli.main import main
+from fastseq.kernels import plan
 from fastseq.ops import dispatch
 
 
@@ -34,6 +35,27 @@ def test_facts():
         assert devices["cpu"]["backend"] == "cpp"
         assert facts["cpu"]["isa"] in devices["cpu"]["why"]
         assert devices["cuda"]["backend"] == "reference"
+
+
+def test_regimes_of_the_triton_kernels_are_told():
+    """As the plans choose them, on an H100 where there is no GPU."""
+    told = fastseq.info()["triton_regimes"]
+    assert told.keys() == {"lstm", "rnn"}
+    if not torch.cuda.is_available():
+        text = told["lstm"]["forward, 16 bit"]
+        resident, held, streamed = (int(part.split()[-1]) for part in text.split(", ")[:3])
+        assert text.startswith(f"resident to {resident}, persistent to {held}, persistent with streamed weights to")
+        for H, regime, hold in (
+            (resident, "resident", True),
+            (resident + 1, "persistent", True),
+            (held, "persistent", True),
+            (held + 1, "persistent", False),
+            (streamed, "persistent", False),
+            (streamed + 1, "step", False),
+        ):
+            made = plan.choose(plan.Shape(4, False, 100, 16, H, 2), plan.H100)
+            assert (made.regime, made.hold) == (regime, hold)
+        assert text.endswith("step beyond")
 
 
 def test_one_openmp_runtime(tmp_path):
