@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -110,6 +111,40 @@ def test_another_length_and_batch_compile_nothing_new() -> None:
         kernels.add((launch.kernel.__name__, tuple(launch.constants.items())))
         assert {"T", "B", "begin", "count"} <= launch.arguments.keys() - launch.constants.keys()
     assert len(kernels) == 1
+
+
+def test_lengths_batches_and_places_are_run_time_arguments() -> None:
+    """Of every kernel of a recurrence: neither compiled in, nor told apart by what divides them."""
+    kernels = {launch.kernel.__name__: launch.kernel for launch in (case.launch(plan.H100)[1] for case in ALL)}
+    assert len(kernels) == 8
+    for name, kernel in kernels.items():
+        at_run_time = {"T", "B"} | ({"begin", "count"} if name.endswith("spread") else set())
+        found = {param.name for param in kernel.params if param.do_not_specialize and not param.is_constexpr}
+        assert found == at_run_time, name
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("op", ["lstm", "rnn"])
+def test_what_programs_exchange_is_loaded_wide_whatever_the_size(op: str, backward: bool) -> None:
+    """16 bytes at a time of rows of 331 numbers; and the only atomics are the integers of the barrier."""
+    compiled = compiled_ahead(Configuration(op, backward, 64, 16, 331, "float16").launch(plan.H100)[1], "sm_90")
+    loads = re.findall(r"ld\.global\.cg\S*", compiled.asm["ptx"])
+    assert loads
+    assert all(".v4" in load for load in loads), loads
+    atomics = [line for line in compiled.asm["ttir"].splitlines() if "atomic" in line and "tt." in line]
+    assert atomics
+    assert all("i32" in line and not re.search(r"\b(f16|bf16|f32)\b", line) for line in atomics), atomics
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_many_weights_have_offsets_of_64_bits(backward: bool) -> None:
+    launch = Configuration("rnn", backward, 1, 16, 50000, "float16").launch(plan.H100)[1]
+    lines = compiled_ahead(launch, "sm_90").asm["ttir"].splitlines()
+    # The tile of weights is the one of three dimensions that ends in the units of a program.
+    units = f"x{launch.plan.BH}x!tt.ptr<f16>>, tensor<"
+    far = [line for line in lines if "tt.addptr" in line and units in line and line.count("x!tt.ptr") == 1]
+    far = [line for line in far if re.search(r"tensor<\d+x\d+x\d+xi", line)]
+    assert any("xi64>" in line for line in far), far
 
 
 def test_plans_cover_every_unit_and_sequence_once() -> None:
