@@ -212,7 +212,9 @@ def write(folder: Path, model: "DEC", data: "Labelled", outcome: Outcome) -> lis
     with (folder / "labels.csv").open("w", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(("point", "cluster", "confidence"))
-        rows.writerows((index, int(row.argmax()), f"{row.max():.6f}") for index, row in enumerate(q))
+        # The estimator's labels, not the largest q: two may round to the same number.
+        labels = model.labels_.tolist()
+        rows.writerows((index, own, f"{q[index, own]:.6f}") for index, own in enumerate(labels))
     np.save(folder / "centers.npy", model.cluster_centers_)
     (folder / "history.json").write_text(json.dumps(model.history_, indent=1) + "\n")
     z = model.transform(data.data)

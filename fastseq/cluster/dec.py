@@ -207,9 +207,11 @@ class DEC(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, BaseE
         self.history_ = history
         self.n_iter_ = joint.step_number
         self.converged_ = joint.converged if stage != "done" else bool(inner["converged"])  # type: ignore[index]
-        if stage != "done" and self.checkpoint is not None and joint.ranks.first:
-            save(joint.state() | {"converged": self.converged_}, "done")
         self.labels_ = self.predict(X)
+        if stage != "done" and self.checkpoint is not None and joint.ranks.first:
+            # Not those of the last refresh: in another precision a point on a border may fall to the other side.
+            predicted = torch.as_tensor(self.labels_).cpu()
+            save(joint.state() | {"converged": self.converged_, "predicted": predicted}, "done")
         return self
 
     def _check_arguments(self) -> None:
@@ -363,7 +365,7 @@ class DEC(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, BaseE
         made.autoencoder_.load_state_dict(inner["parameters"])
         made.autoencoder_.eval()
         made.cluster_centers_ = inner["centers"].numpy()
-        made.labels_ = inner["labels"].numpy()
+        made.labels_ = inner["predicted"].numpy()
         made.history_ = state["history"] | {"clustering": inner["history"]}
         made.n_iter_, made.converged_ = inner["step"], inner["converged"]
         made.n_features_in_ = state["features"]
