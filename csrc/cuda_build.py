@@ -1,0 +1,111 @@
+"""How the files of ``csrc/cuda`` are compiled: by nvcc into ``fastseq._cuda`` (setup.py) and for the table of what the
+kernels take of a GPU (``benchmarks/cuda_resources.py``), and by a C++ compiler into the emulator (tests).
+
+Standard library and pybind11 only, since setup.py imports it under build isolation.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sysconfig
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pybind11
+
+CSRC = Path(__file__).resolve().parent
+CUDA = CSRC / "cuda"
+# A target with an "a" has the instructions of its generation that later ones need not have.
+TARGETS = ("sm_80", "sm_90a", "sm_100a")
+CLUSTER_TARGETS = TARGETS[1:]
+#: What nvcc compiles, and the targets of each file: clusters came with sm_90.
+CUDA_SOURCES = {
+    path: CLUSTER_TARGETS if path.name.startswith("lstm_cluster") else TARGETS for path in sorted(CUDA.glob("*.cu"))
+}
+#: What a C++ compiler compiles beside it.
+HOST_SOURCES = (CSRC / "bindings_cuda.cpp", CUDA / "launch.cpp")
+EMULATOR_SOURCES = tuple(sorted((CUDA / "emulated").glob("*.cpp")))
+HOST_FLAGS = ("-std=c++17", "-Wall", "-Wextra", "-fPIC", "-fvisibility=hidden", f"-I{CSRC}")
+EMULATOR = "_cuda_emulated"
+
+
+def nvcc() -> str | None:
+    """Where nvcc is: the environment variable NVCC, on the path, or at its usual place; None where it is not."""
+    return os.environ.get("NVCC") or shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+
+
+def gpu_present() -> bool:
+    """Whether this machine has an NVIDIA GPU with its driver."""
+    return Path("/dev/nvidiactl").exists() or Path("/dev/dxg").exists()
+
+
+def nvcc_command(compiler: str, source: Path, output: Path, targets: Sequence[str], *, werror: bool) -> list[str]:
+    """The command that compiles one file for some targets."""
+    codes = [f"-gencode=arch={target.replace('sm', 'compute')},code={target}" for target in targets]
+    strict = ["-Werror", "all-warnings", "-Xcompiler", "-Werror"] if werror else []
+    host = ["-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall,-Wextra"]
+    return [compiler, "-std=c++17", "-O3", *codes, f"-I{CSRC}", *host, *strict, "-c", str(source), "-o", str(output)]
+
+
+def host_command(source: Path, output: Path, module: str, flags: Sequence[str]) -> list[str]:
+    """The command that compiles one file by the C++ compiler, of the module of that name."""
+    includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
+    compiler = os.environ.get("CXX", "g++")
+    named = f"-DFASTSEQ_CUDA_MODULE={module}"
+    return [compiler, *HOST_FLAGS, *includes, named, *flags, "-x", "c++", "-c", str(source), "-o", str(output)]
+
+
+def run_all(commands: Sequence[Sequence[str]], processes: int) -> None:
+    """Runs commands, several at a time.
+
+    Raises:
+        RuntimeError: one failed; the message has what it printed.
+    """
+
+    def run(command: Sequence[str]) -> None:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
+
+    with ThreadPoolExecutor(processes) as pool:
+        list(pool.map(run, commands))
+
+
+def build_extension(compiler: str, folder: Path, module: Path, *, werror: bool) -> None:
+    """``fastseq._cuda`` for all targets, objects in ``folder``, linked with the static CUDA runtime."""
+    folder.mkdir(parents=True, exist_ok=True)
+    module.parent.mkdir(parents=True, exist_ok=True)
+    commands, objects = [], []
+    for source, targets in CUDA_SOURCES.items():
+        objects.append(folder / f"{source.name}.o")
+        commands.append(nvcc_command(compiler, source, objects[-1], targets, werror=werror))
+    for source in HOST_SOURCES:
+        objects.append(folder / f"{source.name}.o")
+        flags = ["-O2", *(["-Werror"] if werror else [])]
+        commands.append(host_command(source, objects[-1], "_cuda", flags))
+    run_all(commands, os.cpu_count() or 1)
+    run_all([[compiler, "-shared", "-cudart", "static", "-o", str(module), *map(str, objects)]], 1)
+
+
+def build_emulator(folder: Path) -> Path:
+    """The extension as an emulator of the GPU, in a folder named after its sources, built where it is not there yet."""
+    sources = (*HOST_SOURCES, *EMULATOR_SOURCES, *(path for path in CUDA_SOURCES if path.name != "facts.cu"))
+    digest = hashlib.sha256(Path(__file__).read_bytes() + pybind11.__version__.encode())
+    for path in sorted((*CUDA.rglob("*.h"), *sources)):
+        digest.update(path.read_bytes())
+    folder = folder / digest.hexdigest()[:16]
+    module = folder / f"{EMULATOR}{sysconfig.get_config_var('EXT_SUFFIX')}"
+    if module.exists():
+        return module
+    folder.mkdir(parents=True, exist_ok=True)
+    flags = ["-O1", "-Werror", "-DFASTSEQ_CUDA_EMULATED"]
+    objects = [folder / f"{source.parent.name}_{source.name}.o" for source in sources]
+    run_all([host_command(s, o, EMULATOR, flags) for s, o in zip(sources, objects, strict=True)], 2)
+    unfinished = folder / f"unfinished-{os.getpid()}"
+    run_all([[os.environ.get("CXX", "g++"), "-shared", "-o", str(unfinished), *map(str, objects)]], 1)
+    unfinished.rename(module)  # at once, so that nobody loads half of it
+    return module
