@@ -109,12 +109,14 @@ def test_unused_outputs(used: str, op: str, seed: int) -> None:
 @pytest.mark.parametrize("op", OPS)
 def test_large_inputs(op: str, regime: str, seed: int) -> None:
     """Sums of many thousands: tanh and the logistic function are exact there, and nothing is NaN."""
-    inputs = inputs_of(Case(2, 3, 4, 20), OPS[op], torch.float32)
-    inputs["x"][:, ::2] *= 1e5  # not all rows, or every gradient would be zero
+    # A sum of so large numbers that comes to lie near zero is wrong by chance: many draws, so that none decides alone.
+    draws = [draw for _ in range(3) for draw in draws_of(Case(2, 3, 4, 20), OPS[op], torch.float32)]
+    for draw in draws:
+        draw["x"][:, ::2] *= 1e5  # not all rows, or every gradient would be zero
     with plan.override(**REGIMES[regime]):
-        assert_matches_reference(op, inputs, implementation="triton", seed=seed)
+        assert_matches_reference(op, draws, implementation="triton", seed=seed)
         with use_implementation("triton"):
-            y = getattr(F, op)(**inputs)[0]
+            y = getattr(F, op)(**draws[0])[0]
     assert torch.isfinite(y).all()
     assert (y.abs() <= 1).all()
 
