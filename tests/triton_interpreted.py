@@ -109,10 +109,12 @@ def test_unused_outputs(used: str, op: str, seed: int) -> None:
 @pytest.mark.parametrize("op", OPS)
 def test_large_inputs(op: str, regime: str, seed: int) -> None:
     """Sums of many thousands: tanh and the logistic function are exact there, and nothing is NaN."""
-    # A sum of so large numbers that comes to lie near zero is wrong by chance: many draws, so that none decides alone.
-    draws = [draw for _ in range(3) for draw in draws_of(Case(2, 3, 4, 20), OPS[op], torch.float32)]
+    draws = draws_of(Case(2, 3, 4, 20), OPS[op], torch.float32)
     for draw in draws:
-        draw["x"][:, ::2] *= 1e5  # not all rows, or every gradient would be zero
+        # One large number a row: several would here and there cancel to a small sum, whose rounding is wrong by chance.
+        # Not in all rows, or every gradient would be zero.
+        large = draw["x"][:, ::2]
+        large *= 1e5 * torch.nn.functional.one_hot(torch.randint(large.shape[-1], large.shape[:-1]), large.shape[-1])
     with plan.override(**REGIMES[regime]):
         assert_matches_reference(op, draws, implementation="triton", seed=seed)
         with use_implementation("triton"):
