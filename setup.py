@@ -15,6 +15,7 @@ from setuptools.command.build_ext import build_ext
 
 COMMON = [
     "csrc/bindings_cpu.cpp",
+    "csrc/cpu/length_order.cpp",
     "csrc/cpu/packed_step.cpp",
     "csrc/cpu/parallel.cpp",
     "csrc/cpu/select.cpp",

@@ -23,6 +23,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "full: every combination; runs only with --full (make test-full)")
     config.addinivalue_line("markers", "gpu: needs a CUDA device")
+    config.addinivalue_line("markers", "long: begins first, so that no core waits for it at the end")
     if find_spec("hypothesis") is not None:  # the tests marked gpu do without it
         set_search(everything=config.getoption("--full"))
 
@@ -51,14 +52,17 @@ def repeats_another_set(item: pytest.Item) -> bool:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    left_out = []
-    if not config.getoption("--full"):
-        left_out += [item for item in items if item.get_closest_marker("full") or repeats_another_set(item)]
-    if not torch.cuda.is_available():
-        left_out += [item for item in items if item.get_closest_marker("gpu") and item not in left_out]
-    if left_out:
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if item not in left_out]
+    full, on_gpu = config.getoption("--full"), torch.cuda.is_available()
+
+    def runs(item: pytest.Item) -> bool:
+        if not full and (item.get_closest_marker("full") or repeats_another_set(item)):
+            return False
+        return on_gpu or not item.get_closest_marker("gpu")
+
+    kept = [item for item in items if runs(item)]
+    if len(kept) < len(items):
+        config.hook.pytest_deselected(items=list(set(items) - set(kept)))
+    items[:] = sorted(kept, key=lambda item: item.get_closest_marker("long") is None)
 
 
 @pytest.fixture

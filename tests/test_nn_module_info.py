@@ -72,12 +72,14 @@ def test_torch_has_samples_for_every_twin() -> None:
     assert len(samples(nn.RNN, torch.float64)) >= 32
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("torch_class", TWINS, ids=lambda cls: cls.__name__)
 def test_outputs_and_gradients_of_every_sample(torch_class: type[nn.Module], dtype: torch.dtype) -> None:
     assert_samples_agree(torch_class, lambda: samples(torch_class, dtype), dtype)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("torch_class", [nn.LSTM, nn.RNN], ids=lambda cls: cls.__name__)
 def test_outputs_and_gradients_of_every_packed_sample(torch_class: type[nn.Module], dtype: torch.dtype) -> None:

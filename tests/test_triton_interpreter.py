@@ -18,6 +18,7 @@ pytestmark = pytest.mark.skipif(
 HERE = Path(__file__).parent
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("module", sorted(file.name for file in HERE.glob("triton_interpreted*.py")))
 def test_kernels_in_the_interpreter(module: str, request: pytest.FixtureRequest) -> None:
     options = ["--full"] if request.config.getoption("--full") else []

@@ -4,6 +4,7 @@
 
 #include "clustering.h"
 #include "launch.h"
+#include "length_order.h"
 #include "nearest.h"
 #include "norm_recurrence.h"
 #include "peaks.h"
@@ -19,7 +20,7 @@ void dispatch_flags(const Params& p) {
   if (p.options)
     launch<Kernel<Cell, Real, kWithOptions>>(p);
   else if (p.flags)
-    launch<Kernel<Cell, Real, kWithFlags>>(p);
+    run_by_length(p, Cell::kGates, layer_tiles<Cell, Real>(p).most, &launch<Kernel<Cell, Real, kWithFlags>>);
   else
     launch<Kernel<Cell, Real, kNoFlags>>(p);
 }

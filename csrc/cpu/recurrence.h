@@ -13,13 +13,18 @@
 namespace fastseq {
 namespace {
 
+template <typename Cell, typename Real, typename Params>
+RowTiles layer_tiles(const Params& p) {
+  return batch_tiles(p.B, Cell::kGates * p.H * p.P * static_cast<int64_t>(sizeof(Real)));
+}
+
 template <typename Cell, typename Real, Flags kFlags>
 class RecurrentForward {
  public:
   explicit RecurrentForward(const ForwardParams& p)
       : p_(p),
         clock_{p.T, p.reverse},
-        batch_(batch_tiles(p.B, Cell::kGates * p.H * p.P * static_cast<int64_t>(sizeof(Real)))),
+        batch_(layer_tiles<Cell, Real>(p)),
         width_(tape_width(p.H)),
         gates_stride_(gates_width(p.H, Cell::kGates)),
         vectors_(width_ / kLanes<Real>),
@@ -244,7 +249,7 @@ class RecurrentBackward {
   explicit RecurrentBackward(const BackwardParams& p)
       : p_(p),
         clock_{p.T, p.reverse},
-        batch_(batch_tiles(p.B, Cell::kGates * p.H * p.P * static_cast<int64_t>(sizeof(Real)))),
+        batch_(layer_tiles<Cell, Real>(p)),
         width_(tape_width(p.H)),
         gates_stride_(gates_width(p.H, Cell::kGates)),
         dh_stride_(gates_width(p.P, 1)),

@@ -7,6 +7,7 @@
 #pragma once
 
 #include "bf16_recurrence.h"
+#include "length_order.h"
 
 namespace fastseq {
 namespace {
@@ -620,7 +621,9 @@ void launch_split(const Params& p) {
   if (p.options)
     launch<Kernel<Cell, kWithOptions>>(p);
   else if (p.flags)
-    launch<Kernel<Cell, kWithFlags>>(p);
+    // By lower blocks everywhere: forward and backward have one order, and their blocks may differ.
+    run_by_length(p, Cell::kGates, p.B >= split_rows() ? kBlockHeight / 2 : layer_tiles<Cell, float>(p).most,
+                  &launch<Kernel<Cell, kWithFlags>>);
   else
     launch<Kernel<Cell, kNoFlags>>(p);
 }

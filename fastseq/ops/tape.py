@@ -13,6 +13,9 @@ or, of an Elman layer,
 
 with Hp the hidden size rounded up to :data:`LANES`, so that a kernel works on whole vectors and never has a remainder
 loop. The columns beyond are finite but undefined. Both are in :func:`accumulate_dtype`.
+
+Without options a kernel may keep its tape with the batch in another order, that of the sequences' lengths: a backward
+follows a forward of the same backend and, of the C++ kernels, the same instruction set.
 """
 
 from __future__ import annotations

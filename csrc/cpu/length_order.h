@@ -1,0 +1,17 @@
+// Sequences of unequal length, in an order in which they end tile by tile.
+//
+// A tile of the batch is skipped at a step where all of its rows have ended. Where lengths are mixed hardly one is, so
+// a layer may run on copies, longest first, and hand back its results in the caller's order.
+#pragma once
+
+#include "params.h"
+
+namespace fastseq {
+
+// Runs a kernel of a layer with flags and without options, on copies where that saves more than they cost. The tape is
+// then in the order of length too, the same in forward and backward. gates: 4, or 1 of an Elman layer; most: the rows
+// that the kernel's tiles of the batch have at most.
+void run_by_length(const ForwardParams& p, int64_t gates, int64_t most, ForwardFn kernel);
+void run_by_length(const BackwardParams& p, int64_t gates, int64_t most, BackwardFn kernel);
+
+}  // namespace fastseq
