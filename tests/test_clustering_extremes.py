@@ -6,6 +6,7 @@ What is slow is in the full tier, and has a small sibling in the quick one.
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 
@@ -17,7 +18,7 @@ from fastseq import functional as F
 from fastseq.testing import assert_matches_reference
 
 OPS = ["student_t_assignment", "target_distribution", "clustering_loss", "clustering_loss(freq)", "nearest_center"]
-QUICK = [Case(3, 2, 20_000), Case(3, 4096, 3), Case(40, 2, 1), Case(40, 2, 1, alpha=30)]
+QUICK = [Case(32, 2, 5_000), Case(3, 4096, 3), Case(40, 2, 1), Case(40, 2, 1, alpha=30)]
 FULL = [
     Case(40, 2, 100_000),
     Case(9, 3, 100_000, alpha=2),
@@ -32,12 +33,12 @@ FULL = [
 @pytest.mark.parametrize("given_as", OPS)
 @pytest.mark.parametrize("case", [*QUICK, *(pytest.param(case, marks=pytest.mark.full) for case in FULL)], ids=str)
 def test_ends_of_the_sizes(case: Case, given_as: str, backend: str, seed: int) -> None:
-    # A tensor of few numbers needs many draws; where there are many, every draw has enough of them.
-    numbers = case.N * case.K * case.d
-    if numbers < 1e4:
+    # Where there is much to do for a draw, of so many that dz and dcenters have 256 numbers.
+    if case.N * case.K * case.d < 1e4:
         draws = draws_of(case, torch.float32, given_as)
     else:
-        draws = [inputs_of(case, torch.float32, given_as) for _ in range(8 if numbers < 1e6 else 2)]
+        smallest = min(case.N, case.K) * case.d
+        draws = [inputs_of(case, torch.float32, given_as) for _ in range(max(2, math.ceil(256 / smallest)))]
     assert_matches_reference(given_as.partition("(")[0], draws, implementation=backend, seed=seed)
 
 

@@ -18,9 +18,9 @@ namespace {
 
 // Features of a register tile of the gradients, with kPointVectors vectors each, and centres between two reductions.
 constexpr int kTileFeatures = kTileRows == 6 ? 4 : 2;
-constexpr int kReduceCenters = 32;
+constexpr int kReduceCenters = 64;
 // Centres whose share of dz is added up by itself: one chain over 100,000 centres would round too often.
-constexpr int64_t kSumCenters = 32 * kReduceCenters;
+constexpr int64_t kSumCenters = 16 * kReduceCenters;
 
 constexpr int64_t kMostBlocks = 64, kFewestBlocks = 8;
 constexpr int64_t kBlockBytes = int64_t{16} << 20;     // what all blocks' sums may take together
@@ -34,6 +34,7 @@ class Clustering {
       : p_(p),
         loss_task_(p.task == ClusterTask::kTargetLoss || p.task == ClusterTask::kFrequencyLoss),
         gradients_(p.dz != nullptr || p.dcenters != nullptr),
+        gradient_scale_(StudentT<Real, kUnitAlpha>::gradient_scale(p.alpha, p.scale)),
         groups_(divide_up(p.N, kGroupPoints<Real>)) {
     const int64_t group_bytes = (p.K + 2 * p.d) * kGroupStride<Real> * static_cast<int64_t>(sizeof(Real));
     stretch_ = !gradients_ ? 1 : group_bytes * kMostGroups < kStretchBytes ? kMostGroups : kStretchBytes / group_bytes;
@@ -130,8 +131,8 @@ class Clustering {
       const Real* gradient = s.gradient_totals ? s.gradient_totals : s.gradient;
       if (p_.dz)
         for (int64_t i = 0; i < s.groups; ++i)
-          store_group(p_.gradient_storage, gradient + i * feature_numbers, (first + i) * kGroupPoints<Real>, p_.N, p_.d,
-                      p_.dz);
+          store_group(p_.gradient_storage, gradient + i * feature_numbers, gradient_scale_,
+                      (first + i) * kGroupPoints<Real>, p_.N, p_.d, p_.dz);
     }
   }
 
@@ -146,28 +147,27 @@ class Clustering {
       upcoming.row = static_cast<const char*>(p_.given) + first * upcoming.row_bytes;
     }
     group.assign(points, centers_, p_.d, upcoming);
-    const Real scale = group.gradient_scale(p_.scale);
     Lanes<Real> loss;
     fill<Real>(loss, 0);
     switch (p_.task) {
       case ClusterTask::kAssign:
         group.normalize();
-        store_group(p_.storage, group.numerators, first, p_.N, p_.K, p_.q);
+        store_group(p_.storage, group.numerators, Real(1), first, p_.N, p_.K, p_.q);
         return 0;
       case ClusterTask::kAssignBackward:
         load_group<Beyond::kZero>(p_.given_storage, p_.given, first, p_.N, p_.K, group.given);
-        group.weigh_arriving(scale);
+        group.weigh_arriving();
         return 0;
       case ClusterTask::kTargetLoss:
         load_group<Beyond::kZero>(p_.given_storage, p_.given, first, p_.N, p_.K, group.given);
-        group.weigh_target(scale, gradients_, &loss);
+        group.weigh_target(gradients_, &loss);
         break;
       case ClusterTask::kFrequencyLoss: {
         Real there[kGroupPoints<Real>];
         for (int i = 0; i < kGroupPoints<Real>; ++i) there[i] = first + i < p_.N ? 1 : 0;
         Lanes<Real> live;
         for (int v = 0; v < kPointVectors; ++v) live[v] = load(there + v * kLanes<Real>);
-        group.weigh_frequencies(inverse_frequencies_, live, scale, gradients_, &loss);
+        group.weigh_frequencies(inverse_frequencies_, live, gradients_, &loss);
         break;
       }
     }
@@ -262,12 +262,14 @@ class Clustering {
       const int64_t at = i * kLanes<Real>;
       Vec<Real> sum = load(sums_of(0) + at);
       for (int64_t block = 1; block < blocks_; ++block) sum = sum + load(sums_of(block) + at);
-      store_as<Real>(p_.gradient_storage, p_.dcenters, at, sum, lanes_inside<Real>(p_.K * p_.d, at));
+      store_as<Real>(p_.gradient_storage, p_.dcenters, at, sum * broadcast(gradient_scale_),
+                     lanes_inside<Real>(p_.K * p_.d, at));
     }
   }
 
   ClusterParams p_;
   bool loss_task_, gradients_;
+  Real gradient_scale_;
   int64_t groups_, stretch_ = 1, blocks_ = 1;
   int threads_ = 1;
   const Real* centers_ = nullptr;

@@ -60,6 +60,17 @@ struct CarefulSum {
   }
 };
 
+template <typename Real, int kCount>
+FASTSEQ_INLINE Vec<Real> sum_in_pairs(const Vec<Real> (&x)[kCount]) {
+  static_assert(kCount == 1 || kCount == 2 || kCount == 4, "the centres of a tile");
+  if constexpr (kCount == 1)
+    return x[0];
+  else if constexpr (kCount == 2)
+    return x[0] + x[1];
+  else
+    return (x[0] + x[1]) + (x[2] + x[3]);
+}
+
 enum class Beyond { kZero, kRepeat };  // what stands for the points behind the last: zeros, or the last one again
 
 // Rows first ... of a [N, width] array, transposed: [width][kPointVectors][lanes].
@@ -94,9 +105,9 @@ void load_group(Storage storage, const void* from, int64_t first, int64_t N, int
   }
 }
 
-// The way back, for the points that are there.
+// The way back, for the points that are there, times a factor.
 template <typename Real>
-void store_group(Storage storage, const Real* from, int64_t first, int64_t N, int64_t width, void* to) {
+void store_group(Storage storage, const Real* from, Real factor, int64_t first, int64_t N, int64_t width, void* to) {
   constexpr int n = kLanes<Real>;
   for (int v = 0; v < kPointVectors; ++v) {
     const int64_t row = first + v * n;
@@ -106,7 +117,8 @@ void store_group(Storage storage, const Real* from, int64_t first, int64_t N, in
       const Real* base = from + k * kGroupStride<Real> + v * n;
       Vec<Real> block[n];
       FASTSEQ_UNROLL
-      for (int i = 0; i < n; ++i) block[i] = i < inside ? load(base + i * kGroupStride<Real>) : zero<Real>();
+      for (int i = 0; i < n; ++i)
+        block[i] = i < inside ? load(base + i * kGroupStride<Real>) * broadcast(factor) : zero<Real>();
       transpose<Real>(block);
       if (rows == n && !is_half(storage)) {  // apart, as above
         Real* corner = static_cast<Real*>(to) + row * width + k;
@@ -192,16 +204,25 @@ __attribute__((noinline)) void distance_tile(const Real* points, const Real* cen
     add_up<Real>(total, part);
     add_up<Real>(sum, total);
   }
-  FASTSEQ_UNROLL
-  for (int c = 0; c < kCenters; ++c) op(j + c, sum[c]);
+  op(j, sum);
 }
 
-// Calls op(j, D_j) for the centres j of a range in order, D_j the squared distances of one group of points to it.
+// Calls op(j, D) for the centres of a range in order, a tile of them at a time: D[c] are the squared distances of one
+// group of points to centre j + c.
 template <typename Real, typename Op>
 FASTSEQ_INLINE void for_distances(const Real* points, const Real* centers, int64_t d, Range range, const Op& op) {
   int64_t j = range.begin;
   for (; j + kTileCenters <= range.end; j += kTileCenters) distance_tile<kTileCenters>(points, centers, d, j, op);
   for (; j < range.end; ++j) distance_tile<1>(points, centers, d, j, op);
+}
+
+// An op of tiles from one of single centres.
+template <typename Op>
+FASTSEQ_INLINE auto each_center(const Op& op) {
+  return [op](int64_t j, const auto& distance) {
+    FASTSEQ_UNROLL
+    for (int c = 0; c < static_cast<int>(sizeof(distance) / sizeof(distance[0])); ++c) op(j + c, distance[c]);
+  };
 }
 
 // Centres as numbers of the arithmetic type, as they are where that is how they are stored.

@@ -53,7 +53,7 @@ class NearestCenter {
     fill<Real>(least, infinity());
     FASTSEQ_UNROLL
     for (int v = 0; v < kPointVectors; ++v) label[v] = Integer{};
-    for_distances(points, centers_, p_.d, Range{0, p_.K}, [&](int64_t j, const Lanes<Real>& distance) {
+    const auto compare = [&](int64_t j, const Lanes<Real>& distance) {
       FASTSEQ_UNROLL
       for (int v = 0; v < kPointVectors; ++v) {
         // Less, or the first NaN: a later one compares with a NaN, and then neither is taken.
@@ -61,7 +61,8 @@ class NearestCenter {
         least[v] = nearer ? distance[v] : least[v];
         label[v] = nearer ? Integer{} + static_cast<decltype(label[v][0] + 0)>(j) : label[v];
       }
-    });
+    };
+    for_distances(points, centers_, p_.d, Range{0, p_.K}, each_center(compare));
     for (int v = 0; v < kPointVectors; ++v) {
       const int64_t row = first + v * n;
       const int rows = lanes_inside<Real>(p_.N, row);

@@ -156,6 +156,19 @@ FASTSEQ_INLINE Vec<Real> at_least(Real limit, Vec<Real> x) {
 }
 #endif
 
+// The larger and the smaller of two; where one of them is NaN, one of the results is.
+#if defined(__AVX512F__)
+FASTSEQ_INLINE Vec<float> larger(Vec<float> a, Vec<float> b) { return _mm512_maskz_max_ps(0xffff, b, a); }
+FASTSEQ_INLINE Vec<float> smaller(Vec<float> a, Vec<float> b) { return _mm512_maskz_min_ps(0xffff, a, b); }
+FASTSEQ_INLINE Vec<double> larger(Vec<double> a, Vec<double> b) { return _mm512_maskz_max_pd(0xff, b, a); }
+FASTSEQ_INLINE Vec<double> smaller(Vec<double> a, Vec<double> b) { return _mm512_maskz_min_pd(0xff, a, b); }
+#else
+FASTSEQ_INLINE Vec<float> larger(Vec<float> a, Vec<float> b) { return b > a ? b : a; }
+FASTSEQ_INLINE Vec<float> smaller(Vec<float> a, Vec<float> b) { return a < b ? a : b; }
+FASTSEQ_INLINE Vec<double> larger(Vec<double> a, Vec<double> b) { return b > a ? b : a; }
+FASTSEQ_INLINE Vec<double> smaller(Vec<double> a, Vec<double> b) { return a < b ? a : b; }
+#endif
+
 // Sign bits apart from the rest.
 template <typename Real>
 FASTSEQ_INLINE IntVec<Real> sign_bit() {

@@ -21,16 +21,20 @@
 namespace fastseq {
 namespace {
 
-// 1 / x for x of at least the smallest normal number, to little more than half a unit in the last place.
+// 1 / x for x of at least the smallest normal number and less than infinity, to little more than half a unit in the
+// last place.
 #if defined(__AVX512F__)
-FASTSEQ_INLINE Vec<float> reciprocal(Vec<float> x) {
-  x = at_most(3.4028234e38f, x);  // infinity times the estimate, zero, would be NaN
+FASTSEQ_INLINE Vec<float> reciprocal_of_finite(Vec<float> x) {
   const Vec<float> near = _mm512_maskz_rcp14_ps(0xffff, x);
   return fma(fma(-x, near, broadcast(1.0f)), near, near);
 }
+// The estimate for infinity is zero, and their product NaN.
+FASTSEQ_INLINE Vec<float> reciprocal(Vec<float> x) { return reciprocal_of_finite(at_most(3.4028234e38f, x)); }
 #else
+FASTSEQ_INLINE Vec<float> reciprocal_of_finite(Vec<float> x) { return broadcast(1.0f) / x; }
 FASTSEQ_INLINE Vec<float> reciprocal(Vec<float> x) { return broadcast(1.0f) / x; }
 #endif
+FASTSEQ_INLINE Vec<double> reciprocal_of_finite(Vec<double> x) { return broadcast(1.0) / x; }
 FASTSEQ_INLINE Vec<double> reciprocal(Vec<double> x) { return broadcast(1.0) / x; }
 
 template <typename Real>
@@ -55,8 +59,8 @@ class StudentT {
   Real* given;
   int64_t K;
 
-  // What `scale` of a weigh_...() has to be: the slopes there are 1 / (alpha + D_j).
-  Real gradient_scale(double scale) const { return static_cast<Real>(scale * (alpha_ + 1)); }
+  // What gradients made of the weights of a weigh_...() have to be multiplied by: slopes there are 1 / (alpha + D_j).
+  static Real gradient_scale(double alpha, double scale) { return static_cast<Real>(scale * (limited(alpha) + 1)); }
 
   // Numerators and distances of a group of points, and the sum of the numerators.
   void assign(const Real* points, const Real* centers, int64_t d, const Upcoming& upcoming) {
@@ -64,32 +68,39 @@ class StudentT {
     Lanes<Real> nearest;
     fill<Real>(nearest, 0);
     // The largest so far is kept out of the sum.
-    const auto add = [&](int v, Vec<Real> u) {
-      const auto nearer = u > nearest[v];
-      others.add(v, nearer ? nearest[v] : u);
-      nearest[v] = nearer ? u : nearest[v];
-    };
     if (kUnitAlpha) {
-      for_distances(points, centers, d, Range{0, K}, [&](int64_t j, const Lanes<Real>& distance) {
-        upcoming.prefetch<Real>(j);
+      for_distances(points, centers, d, Range{0, K}, [&](int64_t j, const auto& distance) {
+        constexpr int kCenters = sizeof(distance) / sizeof(distance[0]);
+        FASTSEQ_UNROLL
+        for (int c = 0; c < kCenters; ++c) upcoming.prefetch<Real>(j + c);
+        // The tile's sum goes into the careful one as a whole: four additions for a few centres, not for each.
         FASTSEQ_UNROLL
         for (int v = 0; v < kPointVectors; ++v) {
-          const Vec<Real> u = reciprocal(broadcast(Real(1)) + distance[v]);
-          add(v, u);
-          put(numerators, j, v, u);
+          Vec<Real> largest, smaller_ones[kCenters];
+          FASTSEQ_UNROLL
+          for (int c = 0; c < kCenters; ++c) {
+            const Vec<Real> u = reciprocal(broadcast(Real(1)) + distance[c][v]);
+            put(numerators, j + c, v, u);
+            if (c > 0) smaller_ones[c] = smaller(largest, u);
+            largest = c > 0 ? larger(largest, u) : u;
+          }
+          smaller_ones[0] = smaller(nearest[v], largest);
+          nearest[v] = larger(nearest[v], largest);
+          others.add(v, sum_in_pairs<Real>(smaller_ones));
         }
       });
     } else {
       Lanes<Real> least;
       fill<Real>(least, LogConstants<Real>::kInfinity);
-      for_distances(points, centers, d, Range{0, K}, [&](int64_t j, const Lanes<Real>& distance) {
+      const auto keep = [&](int64_t j, const Lanes<Real>& distance) {
         upcoming.prefetch<Real>(j);
         FASTSEQ_UNROLL
         for (int v = 0; v < kPointVectors; ++v) {
           least[v] = distance[v] < least[v] ? distance[v] : least[v];
           put(distances, j, v, distance[v]);
         }
-      });
+      };
+      for_distances(points, centers, d, Range{0, K}, each_center(keep));
       const Twofold<Real> alpha = broadcast_twofold<Real>(alpha_);
       FASTSEQ_UNROLL
       for (int v = 0; v < kPointVectors; ++v) {
@@ -104,7 +115,8 @@ class StudentT {
         const Twofold<Real> power = log_numerator(get(distances, j, v), v);
         const auto vanishes = power.high < limit;
         const Vec<Real> u = vanishes ? zero<Real>() : exp<Real>({vanishes ? limit : power.high, power.low});
-        add(v, u);
+        others.add(v, smaller(nearest[v], u));
+        nearest[v] = larger(nearest[v], u);
         put(numerators, j, v, u);
       }
     }
@@ -123,9 +135,9 @@ class StudentT {
     for (int v = 0; v < kPointVectors; ++v) put(numerators, j, v, assigned(get(numerators, j, v), v));
   }
 
-  // `given` is a target p. Numerators become the weights scale · v_j (p_j - q_j sum p) of z - mu_j in the gradient,
+  // `given` is a target p. Numerators become the weights v_j (p_j - q_j sum p) of z - mu_j in the gradient,
   // with v_j = 1 / (alpha + D_j). Adds sum_j p_j log(p_j / q_j) to each lane of `loss`.
-  void weigh_target(Real scale, bool weights, Lanes<Real>* loss) {
+  void weigh_target(bool weights, Lanes<Real>* loss) {
     CarefulSum<Real> others;
     Lanes<Real> nearest_p;
     fill<Real>(nearest_p, 0);
@@ -148,26 +160,24 @@ class StudentT {
       (*loss)[v] = fma(nearest_p[v], log_of(nearest_p[v]) + log_sum[v], (*loss)[v]);
     }
     first.restart();
-    const Vec<Real> factor = broadcast(scale);
     sum_over_blocks(loss, [&](Range block, Lanes<Real>& part) {
       for (int64_t j = block.begin; j < block.end; ++j) FASTSEQ_UNROLL
       for (int v = 0; v < kPointVectors; ++v) {
         const Vec<Real> p = get(given, j, v), u = get(numerators, j, v);
         const auto is_nearest = first.is(u, v);
         // log(p / q); q itself may have underflowed, but u not where alpha is 1 and D is less than 1e37.
-        const Vec<Real> log_ratio = kUnitAlpha ? log_of((p * sum_[v]) * reciprocal(at_least_smallest(u)))
+        const Vec<Real> log_ratio = kUnitAlpha ? log_of((p * sum_[v]) * reciprocal_of_finite(at_least_smallest(u)))
                                                : log_of(p) - log_numerator(get(distances, j, v), v).high + log_sum[v];
         part[v] = fma(is_nearest ? zero<Real>() : p, log_ratio, part[v]);
         const Vec<Real> excess = is_nearest ? nearest_excess[v] : fma(-u, q_mass[v], p);
-        if (weights) put(numerators, j, v, factor * slope(u, j, v) * excess);
+        if (weights) put(numerators, j, v, slope(u, j, v) * excess);
       }
     });
   }
 
   // The same with the target made of q and the frequencies, whose inverses are given; `live` is 1 in the lanes that
   // hold a point and 0 in the others. `given` takes q_j / f_j.
-  void weigh_frequencies(const Real* inverse_frequencies, const Lanes<Real>& live, Real scale, bool weights,
-                         Lanes<Real>* loss) {
+  void weigh_frequencies(const Real* inverse_frequencies, const Lanes<Real>& live, bool weights, Lanes<Real>* loss) {
     CarefulSum<Real> others;
     Lanes<Real> nearest_share;
     fill<Real>(nearest_share, 0);
@@ -199,7 +209,6 @@ class StudentT {
       nearest_excess[v] = excess;
     }
     first.restart();
-    const Vec<Real> factor = broadcast(scale);
     sum_over_blocks(loss, [&](Range block, Lanes<Real>& part) {
       for (int64_t j = block.begin; j < block.end; ++j) FASTSEQ_UNROLL
       for (int v = 0; v < kPointVectors; ++v) {
@@ -208,14 +217,14 @@ class StudentT {
         const Vec<Real> ratio = quotient(get(given, j, v), total[v], inverse_total[v]);  // p / q
         part[v] = fma(is_nearest ? zero<Real>() : q * ratio, log_of(ratio), part[v]);
         const Vec<Real> excess = is_nearest ? nearest_excess[v] : ratio - broadcast(Real(1));
-        if (weights) put(numerators, j, v, factor * slope(u, j, v) * (q * excess));
+        if (weights) put(numerators, j, v, slope(u, j, v) * (q * excess));
       }
     });
   }
 
-  // `given` is the gradient that arrives at q, and numerators become the weights -scale · v_j q_j (g_j - sum_k g_k
+  // `given` is the gradient that arrives at q, and numerators become the weights -v_j q_j (g_j - sum_k g_k
   // q_k).
-  void weigh_arriving(Real scale) {
+  void weigh_arriving() {
     Lanes<Real> others, nearest_g;
     fill<Real>(others, 0);
     fill<Real>(nearest_g, 0);
@@ -236,7 +245,6 @@ class StudentT {
       nearest_excess[v] = fma(-nearest_g[v], others_q(v), others[v]);
     }
     first.restart();
-    const Vec<Real> factor = broadcast(scale);
     for (int64_t j = 0; j < K; ++j) FASTSEQ_UNROLL
     for (int v = 0; v < kPointVectors; ++v) {
       const Vec<Real> u = get(numerators, j, v), q = assigned(u, v);
@@ -244,7 +252,7 @@ class StudentT {
       // sum over many centres.
       const Twofold<Real> excess = exact_sum<Real>(mean[v], -get(given, j, v));
       const Vec<Real> weight = first.is(u, v) ? q * nearest_excess[v] : fma(q, excess.high, q * excess.low);
-      put(numerators, j, v, factor * slope(u, j, v) * weight);
+      put(numerators, j, v, slope(u, j, v) * weight);
     }
   }
 

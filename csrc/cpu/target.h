@@ -115,7 +115,7 @@ class TargetDistribution {
       Real* at = group + j * kGroupStride<Real> + v * n;
       store(at, load(at) * scale[v]);
     }
-    store_group(p_.storage, group, first, p_.N, p_.K, p_.p);
+    store_group(p_.storage, group, Real(1), first, p_.N, p_.K, p_.p);
   }
 
   TargetParams p_;
