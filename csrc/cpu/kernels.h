@@ -4,7 +4,6 @@
 
 #include "clustering.h"
 #include "launch.h"
-#include "length_order.h"
 #include "nearest.h"
 #include "norm_recurrence.h"
 #include "peaks.h"
@@ -20,7 +19,7 @@ void dispatch_flags(const Params& p) {
   if (p.options)
     launch<Kernel<Cell, Real, kWithOptions>>(p);
   else if (p.flags)
-    run_by_length(p, Cell::kGates, layer_tiles<Cell, Real>(p).most, &launch<Kernel<Cell, Real, kWithFlags>>);
+    run_by_length(p, Cell::kGates, layer_cut<Cell, Real>(p), &launch<Kernel<Cell, Real, kWithFlags>>);
   else
     launch<Kernel<Cell, Real, kNoFlags>>(p);
 }

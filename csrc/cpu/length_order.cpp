@@ -29,10 +29,11 @@ struct Tiles {
 // The caller's rows in the order of the kernel, or nothing where their own order is as good.
 class LengthOrder {
  public:
-  LengthOrder(const uint8_t* flags, int64_t T, int64_t B, int64_t H, int64_t gates, int64_t most)
+  LengthOrder(const uint8_t* flags, int64_t T, int64_t B, int64_t H, int64_t gates, BatchCut cut)
       : flags_(flags), B_(B), length_(static_cast<size_t>(B), 0) {
-    const Tiles tiles{B, most};
-    if (tiles.count() == 1) return;
+    const Tiles tiles{B, cut.most};
+    // Two threads with a tile each wait for the one whose sequences are longer.
+    if (tiles.count() < (cut.shared ? 2 : 3)) return;
     for (int64_t t = 0; t < T; ++t)
       for (int64_t b = 0; b < B; ++b) length_[b] += is_padding(t, b) ? 0 : 1;
     std::vector<int64_t> longest_first(static_cast<size_t>(B));
@@ -200,8 +201,8 @@ void run_with(Copies& copies, const Params& p, void (*kernel)(const Params&)) {
 
 }  // namespace
 
-void run_by_length(const ForwardParams& p, int64_t gates, int64_t most, ForwardFn kernel) {
-  const LengthOrder order(p.flags, p.T, p.B, p.H, gates, most);
+void run_by_length(const ForwardParams& p, int64_t gates, BatchCut cut, ForwardFn kernel) {
+  const LengthOrder order(p.flags, p.T, p.B, p.H, gates, cut);
   if (!order) return kernel(p);
   ForwardParams ordered = p;
   Copies copies(order, p.storage, p.T, p.B, p.threads);
@@ -215,8 +216,8 @@ void run_by_length(const ForwardParams& p, int64_t gates, int64_t most, ForwardF
   run_with(copies, ordered, kernel);
 }
 
-void run_by_length(const BackwardParams& p, int64_t gates, int64_t most, BackwardFn kernel) {
-  const LengthOrder order(p.flags, p.T, p.B, p.H, gates, most);
+void run_by_length(const BackwardParams& p, int64_t gates, BatchCut cut, BackwardFn kernel) {
+  const LengthOrder order(p.flags, p.T, p.B, p.H, gates, cut);
   if (!order) return kernel(p);
   BackwardParams ordered = p;
   Copies copies(order, p.storage, p.T, p.B, p.threads);

@@ -8,10 +8,15 @@
 
 namespace fastseq {
 
+// How a kernel cuts the batch. It depends on the sizes alone.
+struct BatchCut {
+  int64_t most;  // rows of a tile at most
+  bool shared;   // whether two threads work on the same tiles, and do not take one each
+};
+
 // Runs a kernel of a layer with flags and without options, on copies where that saves more than they cost. The tape is
-// then in the order of length too, the same in forward and backward. gates: 4, or 1 of an Elman layer; most: the rows
-// that the kernel's tiles of the batch have at most.
-void run_by_length(const ForwardParams& p, int64_t gates, int64_t most, ForwardFn kernel);
-void run_by_length(const BackwardParams& p, int64_t gates, int64_t most, BackwardFn kernel);
+// then in the order of length too, the same in forward and backward. gates: 4, or 1 of an Elman layer.
+void run_by_length(const ForwardParams& p, int64_t gates, BatchCut cut, ForwardFn kernel);
+void run_by_length(const BackwardParams& p, int64_t gates, BatchCut cut, BackwardFn kernel);
 
 }  // namespace fastseq

@@ -8,14 +8,23 @@
 #pragma once
 
 #include "gradients.h"
+#include "length_order.h"
 #include "recompute.h"
 
 namespace fastseq {
 namespace {
 
 template <typename Cell, typename Real, typename Params>
+int64_t recurrent_bytes(const Params& p) {
+  return Cell::kGates * p.H * p.P * static_cast<int64_t>(sizeof(Real));
+}
+template <typename Cell, typename Real, typename Params>
 RowTiles layer_tiles(const Params& p) {
-  return batch_tiles(p.B, Cell::kGates * p.H * p.P * static_cast<int64_t>(sizeof(Real)));
+  return batch_tiles(p.B, recurrent_bytes<Cell, Real>(p));
+}
+template <typename Cell, typename Real, typename Params>
+BatchCut layer_cut(const Params& p) {
+  return {layer_tiles<Cell, Real>(p).most, recurrent_bytes<Cell, Real>(p) > kResidentBytes};
 }
 
 template <typename Cell, typename Real, Flags kFlags>
@@ -132,7 +141,7 @@ class RecurrentForward {
   }
   Team team_of(int thread, int threads) const {
     return Team(thread, threads, batch_.count(), vectors_ < out_vectors_ ? vectors_ : out_vectors_,
-                Cell::kGates * p_.H * p_.P * static_cast<int64_t>(sizeof(Real)), progress_, progress_stride_);
+                recurrent_bytes<Cell, Real>(p_), progress_, progress_stride_);
   }
   void pack_recurrent(const Team& team) const {
     const Range units = team.slice(vectors_), outs = team.slice(out_vectors_);
@@ -397,7 +406,7 @@ class RecurrentBackward {
   }
   Team team_of(int thread, int threads) const {
     return Team(thread, threads, batch_.count(), vectors_ < out_vectors_ ? vectors_ : out_vectors_,
-                Cell::kGates * p_.H * p_.P * static_cast<int64_t>(sizeof(Real)), progress_, progress_stride_);
+                recurrent_bytes<Cell, Real>(p_), progress_, progress_stride_);
   }
   void pack_recurrent(const Team& team) const {
     if (!team.idle()) {

@@ -7,7 +7,6 @@
 #pragma once
 
 #include "bf16_recurrence.h"
-#include "length_order.h"
 
 namespace fastseq {
 namespace {
@@ -616,13 +615,19 @@ inline bool may_split(const BackwardParams& p) {
   return p.B >= split_rows() || p.T * p.B >= kSplitLargeRows;
 }
 
+// By the backward's blocks: forward and backward have one order, and the forward's may be higher.
+template <typename Cell, typename Params>
+BatchCut split_cut(const Params& p) {
+  const int64_t bytes = weight_bytes(p, Cell::kGates, p.P);
+  return {batch_blocks(p.B, bytes).most, bytes > kSplitResidentBytes};
+}
+
 template <template <typename, Flags> class Kernel, typename Cell, typename Params>
 void launch_split(const Params& p) {
   if (p.options)
     launch<Kernel<Cell, kWithOptions>>(p);
   else if (p.flags)
-    // By lower blocks everywhere: forward and backward have one order, and their blocks may differ.
-    run_by_length(p, Cell::kGates, p.B >= split_rows() ? kBlockHeight / 2 : layer_tiles<Cell, float>(p).most,
+    run_by_length(p, Cell::kGates, p.B >= split_rows() ? split_cut<Cell>(p) : layer_cut<Cell, float>(p),
                   &launch<Kernel<Cell, kWithFlags>>);
   else
     launch<Kernel<Cell, kNoFlags>>(p);
