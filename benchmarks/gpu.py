@@ -14,6 +14,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -22,6 +23,8 @@ from typing import IO, Any
 
 ROOT = Path(__file__).resolve().parents[1]
 ROUNDS = 9
+# Seconds beyond the limit after which a run that does not come back, as from a kernel that hangs, is ended.
+GRACE = 5
 # Alternatives to what plans choose, measured on the first cases: each is an override of the plan of both passes.
 VARIANTS: tuple[dict[str, Any], ...] = (
     {"sync": "flags"},
@@ -57,6 +60,28 @@ class Run:
     def left(self) -> float:
         """Seconds until the limit."""
         return self.deadline - time.monotonic()
+
+    def watch(self) -> None:
+        """From another thread: ends the process, with the results so far, when it is still there past the limit."""
+        watcher = threading.Timer(self.left() + GRACE, self.cut)
+        watcher.daemon = True
+        watcher.start()
+
+    def cut(self) -> None:
+        """Keeps what there is and ends the process at once: a kernel that hangs cannot be waited for."""
+        self.results["state"] = f"Cut at the limit; tests: {self.results['tests']}"
+        self.problem("still running past the limit")
+        self.plot()
+        os._exit(1)
+
+    def plot(self) -> None:
+        """The two plots of the results so far."""
+        if importlib.util.find_spec("matplotlib") is None:
+            self.problem("no plots: matplotlib is not installed")
+            return
+        from benchmarks import gpu_report
+
+        guarded(self, "plots", lambda: gpu_report.plots(self.results, self.folder), float("-inf"))
 
     def log(self, text: str) -> None:
         """A line to the screen and to the log, with the time left."""
@@ -342,21 +367,17 @@ def main() -> int:
     parser.add_argument("--dry-run", action="store_true", help="on the CPU, tiny, to see that it works")
     args = parser.parse_args()
     run = Run(args.out, args.limit, args.dry_run)
+    sys.path.insert(0, str(ROOT))
+    run.watch()
     if not args.no_build:
         build(run)
-    sys.path.insert(0, str(ROOT))
     run.results["environment"] = environment(run)
     run.save()
     tests(run)
     benchmarks(run)
     run.results["state"] = f"Tests: {run.results['tests']}"
     run.save()
-    if importlib.util.find_spec("matplotlib") is None:
-        run.problem("no plots: matplotlib is not installed")
-    else:
-        from benchmarks import gpu_report
-
-        guarded(run, "plots", lambda: gpu_report.plots(run.results, run.folder), 0)
+    run.plot()
     run.log("done")
     print((run.folder / "gpu.md").read_text(encoding="utf-8"))
     return 1 if run.results["problems"] else 0

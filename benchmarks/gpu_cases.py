@@ -159,7 +159,10 @@ class Pair:
             results.append(other.training(other.by_fastseq, other.ours))
         for name, got, ref, truth in zip(names, *results, strict=True):
             found = compare_tensor(name, got, ref, truth)
-            if not found.ok and self.kind != "tf32":  # tf32 is allowed to be less exact than the reference
+            if self.kind == "tf32":  # the rule, with the eps of the products: ten bits, as float16 has
+                allowed = found.allowed + 2 * torch.finfo(torch.float16).eps * truth.abs().max().item()
+                found = replace(found, allowed=allowed, ok=found.error <= allowed)
+            if not found.ok:
                 raise Mismatch(f"{self.case.name} {self.kind}: {found}")
         first = self.training(self.by_fastseq, self.ours)
         for name, a, b in zip(names, first, self.training(self.by_fastseq, self.ours), strict=True):

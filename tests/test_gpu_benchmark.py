@@ -6,11 +6,16 @@ import json
 import os
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("triton", reason="triton is not installed (it is optional)")
+
+from benchmarks.gpu_cases import CASES, KINDS
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -50,3 +55,48 @@ def test_dry_run(tmp_path: Path) -> None:
         "speed.png",
     ]
     assert "dry run" in (tmp_path / "gpu.md").read_text()
+
+
+HANGS = """
+    import pathlib, sys, time
+    from benchmarks import gpu
+    gpu.GRACE = 0.1
+    run = gpu.Run(pathlib.Path(sys.argv[1]), 0.1, True)
+    run.results["environment"] = {"device": "none"}
+    run.results["tests"] = "passed"
+    run.results["floors"].append({"name": "a floor", "value": 1.0, "unit": "µs"})
+    run.watch()
+    time.sleep(600)
+"""
+
+
+def test_a_run_that_hangs_is_cut_and_its_results_are_kept(tmp_path: Path) -> None:
+    child = [sys.executable, "-c", textwrap.dedent(HANGS), str(tmp_path)]
+    path = os.pathsep.join([str(ROOT), *sys.path])
+    done = subprocess.run(child, env={**os.environ, "PYTHONPATH": path}, timeout=300, check=False)
+    assert done.returncode == 1
+    results = json.loads((tmp_path / "gpu.json").read_text())
+    assert results["state"] == "Cut at the limit; tests: passed"
+    assert results["problems"] == ["still running past the limit"]
+    assert "a floor" in (tmp_path / "gpu.md").read_text()
+    assert {"speed.png", "floors.png", "log.txt"} <= {file.name for file in tmp_path.iterdir()}
+
+
+def test_shapes_dtypes_and_variants_are_those_of_the_comparison() -> None:
+    """The layers that make gpu compares: sizes as (T, B, I, H, layers), the second packed and with resets too."""
+    shapes = [(case.op, case.T, case.B, case.I, case.H, case.layers, case.bidirectional, case.time) for case in CASES]
+    second = ("lstm", 512, 64, 512, 512, 1, False)
+    assert {*shapes} == {
+        ("lstm", 1024, 16, 768, 768, 1, False, ""),
+        (*second, ""),
+        (*second, "lengths"),
+        (*second, "reset"),
+        ("lstm", 128, 32, 256, 256, 1, False, ""),
+        ("lstm", 100, 256, 128, 128, 1, False, ""),
+        ("lstm", 2000, 8, 96, 384, 1, False, ""),
+        ("lstm", 1000, 32, 1024, 1024, 1, False, ""),
+        ("lstm", 35, 20, 650, 650, 2, False, ""),
+        ("lstm", 512, 64, 512, 512, 2, True, ""),
+        ("rnn", 1000, 4, 1792, 1792, 1, False, ""),
+    }
+    assert {*KINDS.values()} == {torch.float16, torch.bfloat16, torch.float32}

@@ -53,8 +53,8 @@ def on_gpu(inputs: dict[str, Any]) -> dict[str, Any]:
     return {name: value.cuda() if isinstance(value, Tensor) else value for name, value in inputs.items()}
 
 
-def draws(op: str, case: Case, dtype: torch.dtype) -> list[dict[str, Any]]:
-    return [on_gpu(draw) for draw in draws_of(case, OPS[op], dtype)]
+def draws(op: str, case: Case, dtype: torch.dtype, options: tuple[str, ...] = ()) -> list[dict[str, Any]]:
+    return [on_gpu(draw) for draw in draws_of(case, OPS[op], dtype, options)]
 
 
 def test_nothing_hangs() -> None:
@@ -79,9 +79,22 @@ def test_outputs_and_gradients(regime: dict[str, Any], op: str, dtype: torch.dty
             assert_matches_reference(op, draws(op, case, dtype), implementation="triton", seed=seed)
 
 
+@pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("H", [256, 650, 768])
+@pytest.mark.parametrize("regime", plan.REGIMES)
+def test_masks_zoneout_and_peepholes(regime: str, op: str, dtype: torch.dtype, seed: int) -> None:
+    fields = {"regime": regime} | ({"BB": 16, "BH": 16} if regime == "persistent" else {})
+    case = Case(9, 35, 5, 41, time="lengths+reset", reverse=regime == "persistent")
+    for zoneout in ("zoneout", "zoneout by rate") if op == "lstm" else ("",):
+        options = ("h_mask", "peephole", zoneout) if op == "lstm" else ("h_mask",)
+        with plan.override(**fields):
+            assert_matches_reference(op, draws(op, case, dtype, options), implementation="triton", seed=seed)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("H", [256, 331, 650, 768])
 def test_many_programs(H: int, op: str, dtype: torch.dtype, seed: int) -> None:
     """Sizes whose groups have dozens of programs, by the plan that they take."""
     case = Case(60, 20, 16, H, time="reset" if H == 650 else "")
@@ -151,6 +164,19 @@ def test_a_second_stream(op: str, seed: int) -> None:
         torch.cuda.synchronize()
         for found in (other, here):
             assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one GPU")
+@pytest.mark.parametrize("op", OPS)
+def test_another_device(op: str, seed: int) -> None:
+    """Tensors of a device that is not the current one."""
+    inputs = on_gpu(inputs_of(Case(50, 16, 32, 256), OPS[op], torch.float16))
+    there = {name: value.to("cuda:1") if isinstance(value, Tensor) else value for name, value in inputs.items()}
+    found = gradients_of(op, there)
+    assert torch.cuda.current_device() == 0
+    for a, b in zip(gradients_of(op, inputs), found, strict=True):
+        assert b.device == torch.device("cuda:1")
+        assert torch.equal(a, b.to(a.device))
 
 
 @pytest.mark.parametrize("regime", ["resident", "persistent", "step"])
