@@ -128,9 +128,10 @@ class Pair:
     def training(self, call: Callable[[Tensor], Tensor], layer: nn.Module) -> list[Tensor]:
         """The output and the gradients of input and weights."""
         input = self.input.detach().requires_grad_()
-        y = call(input)
-        grad = self.grad if y.shape == self.grad.shape else self.grad.flatten(0, 1)[: y.shape[0]]
-        return [y.detach(), *torch.autograd.grad(y, [input, *layer.parameters()], grad)]
+        with use_implementation(self.implementation):  # the backward too is fastseq's where the layer is
+            y = call(input)
+            grad = self.grad if y.shape == self.grad.shape else self.grad.flatten(0, 1)[: y.shape[0]]
+            return [y.detach(), *torch.autograd.grad(y, [input, *layer.parameters()], grad)]
 
     def calls(self, mode: str) -> dict[str, Callable[[], object]]:
         """What is timed, by library."""
