@@ -17,11 +17,12 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-ROOT = Path(__file__).resolve().parents[1]
+from benchmarks.gpu_processes import ROOT, Children, shares
+
 ROUNDS = 9
 # Seconds beyond the limit after which a run that does not come back, as from a kernel that hangs, is ended.
 GRACE = 5
@@ -35,6 +36,12 @@ VARIANTS: tuple[dict[str, Any], ...] = (
     {"hold": False},
     {"regime": "step"},
 )
+WATCH = "tests/test_gpu_recurrence.py::test_nothing_hangs"
+
+
+def varied(cases: Sequence[Any]) -> list[Any]:
+    """The cases that :data:`VARIANTS` are measured on."""
+    return [cases[0], cases[1], cases[8]]
 
 
 class Run:
@@ -63,9 +70,9 @@ class Run:
 
     def watch(self) -> None:
         """From another thread: ends the process, with the results so far, when it is still there past the limit."""
-        watcher = threading.Timer(self.left() + GRACE, self.cut)
-        watcher.daemon = True
-        watcher.start()
+        self.watcher = threading.Timer(self.left() + GRACE, self.cut)
+        self.watcher.daemon = True
+        self.watcher.start()
 
     def cut(self) -> None:
         """Keeps what there is and ends the process at once: a kernel that hangs cannot be waited for."""
@@ -134,16 +141,28 @@ def build(run: Run) -> None:
 
 
 def tests(run: Run) -> None:
-    """The tests marked ``gpu``, in a process of their own that is killed when it hangs."""
+    """The tests marked ``gpu``, in processes of their own that are killed when they hang: their kernels take longer to
+    compile than to run, so several compile at once."""
     if importlib.util.find_spec("pytest") is None:
         run.results["tests"] = "not run: pytest is not installed"
         run.problem(run.results["tests"])
         return
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "--durations=5", "-p", "no:cacheprovider"]
-    status = run.child("tests", [*command, "tests/test_gpu_recurrence.py", "tests/test_gpu_clustering.py"], 200)
-    if status == 5 and run.dry:  # pytest's word for "nothing selected": there is no GPU
-        run.results["problems"].pop()
-    run.results["tests"] = {0: "passed", None: "did not end", 5: "none ran"}.get(status, "FAILED")
+    files = ["tests/test_gpu_recurrence.py", "tests/test_gpu_clustering.py"]
+    # First and alone, since programs that wait for ever would hold up all the others.
+    if run.dry or run.child("deadlock watch", [*command, WATCH], 120) == 0:
+        command += ["--deselect", WATCH, *files]
+        commands = shares([*command[2:], "--share"], most=1 if run.dry else 8)
+        run.log(f"tests: {len(commands)} processes: {' '.join(commands[0])}")
+        statuses = Children(commands).end(min(200, run.left()), run.log_file)
+        # 5 is pytest's word for "nothing selected": there is no GPU.
+        words = {0: "passed", None: "did not end", 5: "none ran"}
+        wrong = [status for status in statuses if status != 0]
+        run.results["tests"] = words.get(wrong[0], "FAILED") if wrong else "passed"
+    else:
+        run.results["tests"] = "FAILED: see the deadlock watch"
+    if run.results["tests"] not in ("passed", *(["none ran"] if run.dry else [])):
+        run.problem(f"tests: {run.results['tests']}")
     run.log(f"tests: {run.results['tests']}")
     run.save()
 
@@ -293,7 +312,7 @@ def measure_variants(run: Run, cases: list[Any], device: Any, implementation: st
     from benchmarks.gpu_cases import Pair
     from fastseq.kernels import plan
 
-    for case in cases[:1] if run.dry else (cases[0], cases[1], cases[8]):
+    for case in cases[:1] if run.dry else varied(cases):
         pair = Pair(case, "float16", device, implementation)
         for fields in VARIANTS[-2:] if run.dry else VARIANTS:
             if run.left() < 40:
@@ -307,7 +326,30 @@ def measure_variants(run: Run, cases: list[Any], device: Any, implementation: st
                 continue
             run.results["variants"].append({"name": name, "value": value, "unit": "ms"})
             run.log(f"{name}: {value:.3g} ms")
+        if not run.dry:
+            measure_graph(run, case, device)
         run.save()
+
+
+def measure_graph(run: Run, case: Any, device: Any) -> None:
+    """A launch for every step without a graph and in one, which is the caller's to capture: its memory stays in use."""
+    import torch
+
+    from benchmarks.gpu_cases import Pair
+    from fastseq.kernels import plan
+
+    with plan.override(regime="step"):
+        forward = Pair(case, "float16", device).calls("forward")["fastseq"]
+        forward()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            forward()
+        for name, call in (("launched one by one", forward), ("in a graph", graph.replay)):
+            value = 1e3 * median_seconds(run, call)
+            row = {"name": f"{case.name} forward, regime step, {name}", "value": value, "unit": "ms"}
+            run.results["variants"].append(row)
+            run.log(f"{row['name']}: {value:.3g} ms")
 
 
 def measure_peers(run: Run, cases: list[Any], device: Any) -> None:
@@ -369,12 +411,16 @@ def main() -> int:
     run = Run(args.out, args.limit, args.dry_run)
     sys.path.insert(0, str(ROOT))
     run.watch()
+    # Beside the build and the tests, which leave most cores idle.
+    ahead = Children([] if args.dry_run else shares(["benchmarks.gpu_ahead"]))
     if not args.no_build:
         build(run)
     run.results["environment"] = environment(run)
     run.save()
     tests(run)
+    ahead.end(60, run.log_file)
     benchmarks(run)
+    run.watcher.cancel()
     run.results["state"] = f"Tests: {run.results['tests']}"
     run.save()
     run.plot()

@@ -18,6 +18,7 @@ from fastseq.ops import dispatch
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="run every combination, not only the quick tier")
     parser.addoption("--seed", type=int, default=None, help="the seed of the random inputs (default: a fresh one)")
+    parser.addoption("--share", default="0/1", help="I/N: of N shares of the tests that of number I, from 0 (all)")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -51,6 +52,12 @@ def repeats_another_set(item: pytest.Item) -> bool:
     return any(name in KERNELS_FOR and not dtypes & KERNELS_FOR[name] for name in sets)
 
 
+def share_of(items: list[Any], share: str) -> list[Any]:
+    """Of "I/N" every N-th, from number I on."""
+    number, shares = map(int, share.split("/"))
+    return items[number::shares]
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     full, on_gpu = config.getoption("--full"), torch.cuda.is_available()
 
@@ -59,7 +66,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             return False
         return on_gpu or not item.get_closest_marker("gpu")
 
-    kept = [item for item in items if runs(item)]
+    kept = share_of([item for item in items if runs(item)], config.getoption("--share"))
     if len(kept) < len(items):
         config.hook.pytest_deselected(items=list(set(items) - set(kept)))
     items[:] = sorted(kept, key=lambda item: item.get_closest_marker("long") is None)

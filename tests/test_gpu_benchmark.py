@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -11,9 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import share_of
 
 pytest.importorskip("triton", reason="triton is not installed (it is optional)")
 
+from benchmarks import gpu_processes
 from benchmarks.gpu_cases import CASES, KINDS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -21,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def test_dry_run(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.gpu", "--dry-run", "--no-build", "--out", str(tmp_path), "--limit", "300"],
+        [sys.executable, "-m", "benchmarks.gpu", "--dry-run", "--no-build", "--out", str(tmp_path), "--limit", "3000"],
         cwd=ROOT,
         env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
         capture_output=True,
@@ -80,6 +83,29 @@ def test_a_run_that_hangs_is_cut_and_its_results_are_kept(tmp_path: Path) -> Non
     assert results["problems"] == ["still running past the limit"]
     assert "a floor" in (tmp_path / "gpu.md").read_text()
     assert {"speed.png", "floors.png", "log.txt"} <= {file.name for file in tmp_path.iterdir()}
+
+
+def test_children_run_side_by_side_and_end_in_time(tmp_path: Path) -> None:
+    """The first waits for what the second leaves; the third would never end."""
+    sign = tmp_path / "sign"
+    codes = [
+        f"import os, time\nwhile not os.path.exists({str(sign)!r}): time.sleep(0.01)\nprint('seen')",
+        f"open({str(sign)!r}, 'w')\nraise SystemExit(3)",
+    ]
+    with (tmp_path / "log").open("w+") as log:
+        assert gpu_processes.Children([[sys.executable, "-c", code] for code in codes]).end(300, log) == [0, 3]
+        assert gpu_processes.Children([[sys.executable, "-c", "while True: pass"]]).end(0.5, log) == [None]
+        log.seek(0)
+        assert log.read() == "seen\n"
+
+
+def test_shares_are_all_of_it() -> None:
+    commands = gpu_processes.shares(["module"], most=3)
+    assert all(command[:3] == [sys.executable, "-m", "module"] for command in commands)
+    found = [share_of([*range(10)], command[-1]) for command in commands]
+    assert sorted(itertools.chain(*found)) == [*range(10)]
+    assert max(map(len, found)) - min(map(len, found)) <= 1
+    assert [share_of([*range(5)], f"{number}/2") for number in range(2)] == [[0, 2, 4], [1, 3]]
 
 
 def test_shapes_dtypes_and_variants_are_those_of_the_comparison() -> None:

@@ -14,10 +14,12 @@ import pytest
 import torch
 from recurrence_cases import CASES, Case, draws_of, inputs_of
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastseq import functional as F
 from fastseq.kernels import lstm as lstm_kernels
 from fastseq.kernels import plan
+from fastseq.kernels.launch import Launch
 from fastseq.testing import assert_matches_reference, use_implementation
 
 DTYPES = [torch.float32, torch.float16]
@@ -145,6 +147,35 @@ def test_twice_backward_through_a_kept_graph(seed: int) -> None:
         (first,) = torch.autograd.grad(y, inputs["x"], retain_graph=True)
         (second,) = torch.autograd.grad(y, inputs["x"])
     assert torch.equal(first, second)
+
+
+class Waits(TorchDispatchMode):
+    """Refuses what makes the host wait for a device, and so may not be in a CUDA graph."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.name().partition("::")[2]
+        assert name not in ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero"), name
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("regime", plan.REGIMES)
+@pytest.mark.parametrize("op", OPS)
+def test_a_call_may_be_captured_in_a_graph(op: str, regime: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the first launch and the last nothing waits for a result, forwards and backwards, with every option."""
+    monkeypatch.setattr(Launch, "run", lambda launch: ran.append(launch.kernel.fn.__name__))
+    ran: list[str] = []
+    case = Case(3, 2, 3, 16, time="reset")
+    for by_rate in (False, True):
+        given = with_options(case, op, torch.float16, by_rate)[0]
+        leaves = [value.requires_grad_() for value in given.values() if is_floating(value)]
+        with plan.override(regime=regime), use_implementation("triton"), Waits():
+            y = getattr(F, op)(**given)[0]
+            torch.autograd.grad(y, leaves, torch.ones_like(y))
+    assert len(ran) == 2 * 2 * (case.T if regime == "step" else 1)
+
+
+def is_floating(value: object) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def test_what_the_backend_does_not_serve_is_refused(seed: int) -> None:

@@ -81,6 +81,19 @@ def test_programs_that_wait_for_each_other(op: str, sync: str, seed: int, monkey
     assert ran == [3, 3]
 
 
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("op", OPS)
+def test_groups_do_not_wait_for_each_other(op: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two groups of two programs: one has two tiles of the batch to do, the other one."""
+    ran: list[int] = []
+    monkeypatch.setattr(Launch, "run", side_by_side(ran))
+    sync = plan.SYNCS[op == "lstm"]
+    given = inputs_of(Case(3, 35, 3, 20, time="reset", reverse=op == "lstm"), OPS[op], torch.float32)
+    with plan.override(regime="persistent", BB=16, BH=16, groups=2, sync=sync):
+        assert_matches_reference(op, given, implementation="triton", seed=seed)
+    assert ran == [4, 4]
+
+
 @triton.jit
 def functions(x, y, n: tl.constexpr):
     at = tl.arange(0, n)

@@ -1,0 +1,50 @@
+"""Processes that the GPU benchmark starts, several side by side."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import IO
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class Children:
+    """Some processes at once. Each writes into a file of its own, so that their lines do not mix."""
+
+    def __init__(self, commands: list[list[str]]) -> None:
+        path = os.pathsep.join(part for part in (str(ROOT), os.environ.get("PYTHONPATH")) if part)
+        environment = {**os.environ, "PYTHONPATH": path}
+        self.running: list[tuple[subprocess.Popen[bytes], IO[bytes]]] = []
+        for command in commands:
+            output = tempfile.TemporaryFile()  # noqa: SIM115 (open until its child has ended)
+            child = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT)
+            self.running.append((child, output))
+
+    def end(self, seconds: float, log: IO[str]) -> list[int | None]:
+        """Waits so long at most, and copies what they wrote into the log: the exit statuses, None where killed."""
+        deadline = time.monotonic() + seconds
+        statuses: list[int | None] = []
+        for child, output in self.running:
+            try:
+                statuses.append(child.wait(max(0.0, deadline - time.monotonic())))
+            except subprocess.TimeoutExpired:
+                child.kill()
+                child.wait()
+                statuses.append(None)
+            output.seek(0)
+            log.write(output.read().decode(errors="replace"))
+            output.close()
+        log.flush()
+        self.running = []
+        return statuses
+
+
+def shares(module: list[str], most: int = 8) -> list[list[str]]:
+    """A command for each share of the work, ``I/N`` at its end: a process for every two cores."""
+    count = max(1, min(most, (os.cpu_count() or 1) // 2))
+    return [[sys.executable, "-m", *module, f"{number}/{count}"] for number in range(count)]
