@@ -12,7 +12,6 @@ import argparse
 import importlib.util
 import json
 import os
-import subprocess
 import sys
 import threading
 import time
@@ -111,27 +110,18 @@ class Run:
         (self.folder / "gpu.json").write_text(text, encoding="utf-8")
         (self.folder / "gpu.md").write_text(gpu_report.markdown(self.results), encoding="utf-8")
 
-    def child(self, name: str, command: list[str], seconds: float) -> int | None:
+    def child(
+        self, name: str, command: list[str], seconds: float, environment: dict[str, str] | None = None
+    ) -> int | None:
         """Runs a command into the log; its exit status, or None when it took too long."""
         self.log(f"{name}: {' '.join(command)}")
         seconds = min(seconds, max(1.0, self.left()))
-        path = os.pathsep.join(part for part in (str(ROOT), os.environ.get("PYTHONPATH")) if part)
-        try:
-            done = subprocess.run(
-                command,
-                cwd=ROOT,
-                env={**os.environ, "PYTHONPATH": path},
-                stdout=self.log_file,
-                stderr=subprocess.STDOUT,
-                timeout=seconds,
-                check=False,
-            )
-        except subprocess.TimeoutExpired:
+        (status,) = Children([command], environment).end(seconds, self.log_file)
+        if status is None:
             self.problem(f"{name} did not end within {seconds:.0f} s")
-            return None
-        if done.returncode:
-            self.problem(f"{name} ended with status {done.returncode}: see log.txt")
-        return done.returncode
+        elif status:
+            self.problem(f"{name} ended with status {status}: see log.txt")
+        return status
 
 
 def build(run: Run) -> None:
@@ -356,14 +346,13 @@ def measure_peers(run: Run, cases: list[Any], device: Any) -> None:
     """torch.compile of the reference, which unrolls the loop, so only the shortest case; FlashRNN where installed."""
     import torch
 
-    from benchmarks.gpu_cases import Pair
-    from fastseq.testing import use_implementation
+    from benchmarks.gpu_cases import Pair, reference_of
 
     case = min(cases, key=lambda each: each.T)
     pair = Pair(case, "float16", device)
     if not run.dry:
-        compiled = torch.compile(pair.ours)
-        with use_implementation("reference"), torch.no_grad():
+        compiled = torch.compile(reference_of(pair))
+        with torch.no_grad():
             value = 1e3 * median_seconds(run, lambda: compiled(pair.input))
         run.results["peers"].append(
             {"name": f"{case.name} forward, reference compiled by torch", "value": value, "unit": "ms"}

@@ -177,3 +177,17 @@ class Pair:
         return {
             name: str(kernels.plan_for(*sizes, backward)) for name, backward in (("forward", False), ("backward", True))
         }
+
+
+def reference_of(pair: Pair) -> Callable[[Tensor], Tensor]:
+    """The reference's formula for the LSTM of a pair, in one direction: y from x. The layer itself is one operation,
+    into which torch.compile does not look."""
+    state = pair.input.new_zeros(pair.case.B, pair.case.H)
+
+    def y(x: Tensor) -> Tensor:
+        for layer in range(pair.case.layers):
+            names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+            x = fastseq.reference.lstm(x, state, state, *(getattr(pair.peer, f"{name}_l{layer}") for name in names))[0]
+        return x
+
+    return y

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -14,15 +15,18 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 class Children:
-    """Some processes at once. Each writes into a file of its own, so that their lines do not mix."""
+    """Some processes at once, with ``environment`` beside their own. Each writes into a file of its own, so that their
+    lines do not mix, and is a group of its own, so that what it has started ends with it."""
 
-    def __init__(self, commands: list[list[str]]) -> None:
+    def __init__(self, commands: list[list[str]], environment: dict[str, str] | None = None) -> None:
         path = os.pathsep.join(part for part in (str(ROOT), os.environ.get("PYTHONPATH")) if part)
-        environment = {**os.environ, "PYTHONPATH": path}
+        everything = {**os.environ, "PYTHONPATH": path, **(environment or {})}
         self.running: list[tuple[subprocess.Popen[bytes], IO[bytes]]] = []
         for command in commands:
             output = tempfile.TemporaryFile()  # noqa: SIM115 (open until its child has ended)
-            child = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT)
+            child = subprocess.Popen(
+                command, cwd=ROOT, env=everything, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+            )
             self.running.append((child, output))
 
     def end(self, seconds: float, log: IO[str]) -> list[int | None]:
@@ -33,7 +37,7 @@ class Children:
             try:
                 statuses.append(child.wait(max(0.0, deadline - time.monotonic())))
             except subprocess.TimeoutExpired:
-                child.kill()
+                os.killpg(child.pid, signal.SIGKILL)
                 child.wait()
                 statuses.append(None)
             output.seek(0)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,7 @@ from conftest import share_of
 pytest.importorskip("triton", reason="triton is not installed (it is optional)")
 
 from benchmarks import gpu_processes
-from benchmarks.gpu_cases import CASES, KINDS
+from benchmarks.gpu_cases import CASES, KINDS, Case, Pair, reference_of
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -94,9 +96,13 @@ def test_children_run_side_by_side_and_end_in_time(tmp_path: Path) -> None:
     ]
     with (tmp_path / "log").open("w+") as log:
         assert gpu_processes.Children([[sys.executable, "-c", code] for code in codes]).end(300, log) == [0, 3]
-        assert gpu_processes.Children([[sys.executable, "-c", "while True: pass"]]).end(0.5, log) == [None]
+        endless = ["sh", "-c", "sleep 1000 & echo $!; wait"]
+        assert gpu_processes.Children([endless]).end(2, log) == [None]
         log.seek(0)
-        assert log.read() == "seen\n"
+        seen, pid = log.read().split()
+    assert seen == "seen"
+    with contextlib.suppress(FileNotFoundError):  # a process that has ended may still be on the list
+        assert "zombie" in Path(f"/proc/{pid}/status").read_text()
 
 
 def test_shares_are_all_of_it() -> None:
@@ -106,6 +112,23 @@ def test_shares_are_all_of_it() -> None:
     assert sorted(itertools.chain(*found)) == [*range(10)]
     assert max(map(len, found)) - min(map(len, found)) <= 1
     assert [share_of([*range(5)], f"{number}/2") for number in range(2)] == [[0, 2, 4], [1, 3]]
+
+
+def test_the_reference_that_is_compiled_is_that_of_the_layer_and_is_open_to_the_compiler() -> None:
+    pair = Pair(Case("lstm", 2, 2, 3, 8, layers=2), "float32", torch.device("cpu"), "reference")
+    y = reference_of(pair)
+    assert torch.equal(y(pair.input), pair.by_fastseq(pair.input))
+    graphs: list[torch.fx.GraphModule] = []
+
+    def keep(graph: torch.fx.GraphModule, _: object) -> Callable[..., object]:
+        graphs.append(graph)
+        return graph.forward
+
+    with torch.no_grad():
+        torch.compile(y, backend=keep)(pair.input)
+    targets = [str(node.target) for graph in graphs for node in graph.graph.nodes]
+    assert any("tanh" in target for target in targets)
+    assert not any("fastseq" in target for target in targets)
 
 
 def test_shapes_dtypes_and_variants_are_those_of_the_comparison() -> None:
