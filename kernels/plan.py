@@ -204,6 +204,9 @@ def _spread(shape: Shape, chip: Chip, given: dict[str, Any], precision: str, reg
     if shape.item == 4:
         room = min(room, HELD_BYTES_FLOAT32[precision])
         accumulators //= 2 if precision == "tf32x3" else 1
+    # Products without tensor cores keep their operands in registers. Where weights are streamed that leaves none for
+    # loads ahead, and an LSTM's largest tile forwards spills at some sizes: taken only where the units need it.
+    by_hand = shape.item == 4 and precision == "ieee"
     best: tuple[tuple[int, ...], dict[str, Any]] | None = None
     for BB in (given["BB"],) if "BB" in given else BATCH_TILES:
         for BH in (given["BH"],) if "BH" in given else UNIT_TILES:
@@ -220,8 +223,9 @@ def _spread(shape: Shape, chip: Chip, given: dict[str, Any], precision: str, reg
             warps = given.get("warps", max(1, min(8, BB * BH // 32)))
             depth_of_k = -(-shape.K // (16 * warps)) * 16 * warps
             hold = given.get("hold", together and columns * depth_of_k * shape.item <= room)
-            # Few rounds first, then weights on chip, then little work for a program, then few rows of h to fetch.
-            cost = (rounds, 0 if hold else 1, BB * BH, BB)
+            crowded = by_hand and shape.gates == 4 and not shape.backward and 2 * BB * columns > accumulators
+            # Registers that suffice, few rounds, weights on chip, little work for a program, few rows of h to fetch.
+            cost = (int(crowded), rounds, 0 if hold else 1, BB * BH, BB)
             if best is None or cost < best[0]:
                 best = cost, {"BB": BB, "BH": BH, "programs": programs, "groups": groups, "warps": warps, "hold": hold}
     if best is None:  # more units than a cooperative launch can have programs for
@@ -229,14 +233,15 @@ def _spread(shape: Shape, chip: Chip, given: dict[str, Any], precision: str, reg
     found = best[1]
     warps = found["warps"]
     KC = given.get("KC", _chunk(shape, found["BB"], warps, found["hold"]))
+    largest_of_float32 = shape.item == 4 and found["BB"] * shape.columns(found["BH"]) >= ACCUMULATORS
     full, rest = divmod(-(-shape.K // (16 * warps)), KC // 16)
     return Plan(
         regime=regime,
-        stages=given.get("stages", 1 if found["hold"] else 2),
+        stages=given.get("stages", 1 if found["hold"] or by_hand else 2),
         KC=KC,
         full=full,
         last=16 * power_of_two(rest) if rest else 0,
-        depth=given.get("depth", 2),
+        depth=given.get("depth", 1 if largest_of_float32 else 2),
         sync=given.get("sync", "counter"),
         precision=precision,
         **found,

@@ -15,13 +15,13 @@ from fastseq.kernels import plan  # noqa: E402
 from fastseq.kernels.ahead import TARGETS, compile_ahead, compiled_ahead  # noqa: E402
 
 ALL = triton_resources.configurations()
-# Each kernel once on each target, in half type with every option: where registers are scarcest.
+# Each kernel in half type with every option, and products without tensor cores: where registers are scarcest.
 QUICK = [
     Configuration(op, backward, T, B, H, "bfloat16", options="all")
     for op in ("lstm", "rnn")
     for backward in (False, True)
     for T, B, H in ((1024, 16, 768), (100, 32, 128))
-]
+] + [Configuration("lstm", False, *sizes, "float32") for sizes in ((512, 64, 512), (35, 20, 650))]
 
 
 CLUSTERING_ALL = triton_resources.clustering_configurations()
