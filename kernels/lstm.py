@@ -14,7 +14,7 @@ zoneout: Krueger et al. 2017; peepholes: Gers & Schmidhuber 2000).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -656,14 +656,16 @@ def _check(
     """The sizes (T, B, H), with every input found to have the size they say."""
     if w_hr is not None:
         raise RuntimeError(
-            "the Triton LSTM has no proj_size: with a projection between h and the next step's product a step needs "
-            "two exchanges between its programs instead of one; unset FASTSEQ_IMPL, or use the reference"
+            "the GPU kernels of lstm have no proj_size: with a projection between h and the next step's product a step "
+            "needs two exchanges between its programs instead of one; unset FASTSEQ_IMPL, or use the reference"
         )
     steps, batch, inputs = x.shape
     hidden = w_hh.shape[0] // 4
     dtype = x.dtype
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise RuntimeError(f"the Triton LSTM serves float32, float16 and bfloat16, not {dtype}; use the reference")
+        raise RuntimeError(
+            f"the GPU kernels of lstm serve float32, float16 and bfloat16, not {dtype}; use the reference"
+        )
     expect(
         (
             ("h0", h0, (batch, hidden), dtype),
@@ -813,6 +815,24 @@ def backward_launches(
         yield Launch(lstm_backward_spread, plan, arguments, constants | tile_constants(plan))
 
 
+def run_forward(*arguments: Any) -> None:
+    """The recurrence of a forward in Triton; arguments of :func:`forward_launches` but its plan."""
+    y = arguments[6]
+    steps, batch, hidden = y.shape
+    plan = plan_for(steps, batch, hidden, y.dtype, y.device, backward=False)
+    for launch in forward_launches(plan, *arguments):
+        launch.run()
+
+
+def run_backward(*arguments: Any) -> None:
+    """The recurrence of a backward in Triton; arguments of :func:`backward_launches` but its plan."""
+    _, w_hh, _, c, c0 = arguments[:5]
+    batch, hidden = c0.shape
+    plan = plan_for(len(c), batch, hidden, w_hh.dtype, w_hh.device, backward=True)
+    for launch in backward_launches(plan, *arguments):
+        launch.run()
+
+
 def lstm_fwd(
     x: Tensor,
     h0: Tensor,
@@ -830,6 +850,7 @@ def lstm_fwd(
     zoneout_h: Tensor | float | None = None,
     zoneout_c: Tensor | float | None = None,
     peephole: Tensor | None = None,
+    recurrence: Callable[..., None] = run_forward,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``(y, h_n, c_n, c, gates)``; the tape ``c``, ``gates`` is empty unless ``save``.
 
@@ -838,6 +859,7 @@ def lstm_fwd(
         zoneout_h: bool ``[T, B, H]``: where true, h_t is h_{t-1}. Or a rate r: it is r h_{t-1} and 1 - r of the fresh.
         zoneout_c: the same of the cell; h_t is made from the fresh cell state all the same.
         peephole: ``[3, H]``, rows i, f, o: i and f see c_{t-1}, o sees the fresh c_t.
+        recurrence: what walks through time, called like :func:`run_forward`.
 
     Raises:
         RuntimeError: there is a projection, or the dtype is float64.
@@ -857,9 +879,7 @@ def lstm_fwd(
             # One product for all steps, straight into the tape.
             columns = gates.flatten(0, 1)[:, : 4 * width]
             wide_product(x.flatten(0, 1), padded_gates(w_ih, 4, width).t(), columns)
-            plan = plan_for(steps, batch, hidden, x.dtype, x.device, backward=False)
-            for launch in forward_launches(
-                plan,
+            recurrence(
                 gates,
                 w_hh.contiguous(),
                 _dense(b_ih),
@@ -874,8 +894,7 @@ def lstm_fwd(
                 _in_memory(zoneout_h, x.device),
                 _in_memory(zoneout_c, x.device),
                 _dense(peephole),
-            ):
-                launch.run()
+            )
         return y, h_n, c_state.to(x.dtype), c, gates if save else gates.new_empty(0)
 
 
@@ -903,11 +922,13 @@ def _backward(
     zoneout_c: Tensor | float | None = None,
     peephole: Tensor | None = None,
     overwrite: bool = False,
+    recurrence: Callable[..., None] = run_backward,
 ) -> tuple[Tensor, ...]:
     """``(dx, dh0, dc0, dw_ih, dw_hh, db, dw_hr, dh_mask, dpeephole)``, empty where not needed or not there.
 
     ``overwrite`` lets the gates' gradients take the place of the gates. Half types keep them apart, in half type, which
-    is what the products after the recurrence read. Arguments as of :func:`lstm_fwd`.
+    is what the products after the recurrence read. ``recurrence`` is called like :func:`run_backward`, other arguments
+    as of :func:`lstm_fwd`.
     """
     steps, batch, hidden = _check(
         x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, flags, h_mask, zoneout_h, zoneout_c, peephole
@@ -935,9 +956,7 @@ def _backward(
         dh0, dc0 = wide_state(grad_h_n, h0), wide_state(grad_c_n, c0)
         gates, w_hh = gates.contiguous(), w_hh.contiguous()
         if batch:
-            plan = plan_for(steps, batch, hidden, x.dtype, x.device, backward=True)
-            for launch in backward_launches(
-                plan,
+            recurrence(
                 _dense(grad_y),
                 w_hh,
                 gates,
@@ -952,8 +971,7 @@ def _backward(
                 _in_memory(zoneout_h, x.device),
                 _in_memory(zoneout_c, x.device),
                 _dense(peephole),
-            ):
-                launch.run()
+            )
         rows = dgates.flatten(0, 1)[:, : 4 * hidden]
         dx = product(rows, w_ih).view(x.shape) if needs & NEEDS_X else none
         if needs & NEEDS_STATE:
@@ -981,9 +999,9 @@ def _backward(
         return dx, dh0, dc0, dw_ih, dw_hh, db, none, dh_mask, dpeephole
 
 
-def lstm_bwd(*args: Any, overwrite: bool = False) -> tuple[Tensor, ...]:
+def lstm_bwd(*args: Any, overwrite: bool = False, recurrence: Callable[..., None] = run_backward) -> tuple[Tensor, ...]:
     """``(dx, dh0, dc0, dw_ih, dw_hh, db, dw_hr)``; arguments as of :func:`_backward`, without options."""
-    return _backward(*args, overwrite=overwrite)[:7]
+    return _backward(*args, overwrite=overwrite, recurrence=recurrence)[:7]
 
 
 def lstm_bwd_(*args: Any) -> tuple[Tensor, ...]:
@@ -1007,16 +1025,19 @@ def _options(tensors: tuple[Any, ...], rate_h: float, rate_c: float) -> dict[str
     }
 
 
-def lstm_options_fwd(*args: Any) -> tuple[Tensor, ...]:
+def lstm_options_fwd(*args: Any, recurrence: Callable[..., None] = run_forward) -> tuple[Tensor, ...]:
     """:func:`lstm_fwd` for a call of ``fastseq::lstm_options_fwd``."""
     given: Any = (*args[:9], args[21], args[-1])
-    return lstm_fwd(*given, **_options(args[9:21], *args[22:24]))
+    return lstm_fwd(*given, **_options(args[9:21], *args[22:24]), recurrence=recurrence)
 
 
-def lstm_options_bwd(*args: Any, overwrite: bool = False) -> tuple[Tensor, ...]:
+def lstm_options_bwd(
+    *args: Any, overwrite: bool = False, recurrence: Callable[..., None] = run_backward
+) -> tuple[Tensor, ...]:
     """Its backward; the gradients of what is not served are empty."""
     given: Any = (*args[:3], *args[5:14], *args[26:30], args[-1])
-    *plain, dh_mask, dpeephole = _backward(*given, **_options(args[14:26], *args[30:32]), overwrite=overwrite)
+    options = _options(args[14:26], *args[30:32])
+    *plain, dh_mask, dpeephole = _backward(*given, **options, overwrite=overwrite, recurrence=recurrence)
     none = dh_mask.new_empty(0)
     return (*plain, none, none, dh_mask, dpeephole, *(none.clone() for _ in range(6)))
 

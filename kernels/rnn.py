@@ -6,7 +6,7 @@ Shapes as in :mod:`fastseq.ops.rnn` and :mod:`fastseq.ops.tape`; ``h_mask`` is a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -452,7 +452,9 @@ def _check(
     hidden = h0.shape[-1]
     dtype = x.dtype
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise RuntimeError(f"the Triton RNN serves float32, float16 and bfloat16, not {dtype}; use the reference")
+        raise RuntimeError(
+            f"the GPU kernels of rnn serve float32, float16 and bfloat16, not {dtype}; use the reference"
+        )
     expect(
         (
             ("h0", h0, (batch, hidden), dtype),
@@ -567,6 +569,24 @@ def _dense(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
+def run_forward(*arguments: Any) -> None:
+    """The recurrence of a forward in Triton; arguments of :func:`forward_launches` but its plan."""
+    y = arguments[5]
+    steps, batch, hidden = y.shape
+    plan = plan_for(steps, batch, hidden, y.dtype, y.device, backward=False)
+    for launch in forward_launches(plan, *arguments):
+        launch.run()
+
+
+def run_backward(*arguments: Any) -> None:
+    """The recurrence of a backward in Triton; arguments of :func:`backward_launches` but its plan."""
+    _, w_hh, tape, _, dh_state = arguments[:5]
+    batch, hidden = dh_state.shape
+    plan = plan_for(len(tape), batch, hidden, w_hh.dtype, w_hh.device, backward=True)
+    for launch in backward_launches(plan, *arguments):
+        launch.run()
+
+
 def rnn_fwd(
     x: Tensor,
     h0: Tensor,
@@ -580,9 +600,10 @@ def rnn_fwd(
     save: bool,
     *,
     h_mask: Tensor | None = None,
+    recurrence: Callable[..., None] = run_forward,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``(y, h_n, slopes)``; the tape ``slopes`` is empty unless ``save``. ``h_mask [B, H]`` multiplies h_{t-1} before
-    the recurrent product.
+    the recurrent product. ``recurrence`` is what walks through time, called like :func:`run_forward`.
 
     Raises:
         RuntimeError: the dtype is float64.
@@ -598,9 +619,7 @@ def rnn_fwd(
             # One product for all steps, straight into the tape.
             columns = slopes.flatten(0, 1)[:, :width]
             wide_product(x.flatten(0, 1), padded_gates(w_ih, 1, width).t(), columns)
-            plan = plan_for(steps, batch, hidden, x.dtype, x.device, backward=False)
-            for launch in forward_launches(
-                plan,
+            recurrence(
                 slopes,
                 w_hh.contiguous(),
                 _dense(b_ih),
@@ -612,8 +631,7 @@ def rnn_fwd(
                 nonlinearity,
                 reverse,
                 _dense(h_mask),
-            ):
-                launch.run()
+            )
         return y, h_n, slopes if save else slopes.new_empty(0)
 
 
@@ -635,11 +653,12 @@ def _backward(
     *,
     h_mask: Tensor | None = None,
     overwrite: bool = False,
+    recurrence: Callable[..., None] = run_backward,
 ) -> tuple[Tensor, ...]:
     """``(dx, dh0, dw_ih, dw_hh, db, dh_mask)``, empty where ``needs`` does not ask.
 
     ``overwrite`` lets the gradients of the sums take the place of the slopes; half types keep them apart, in half type.
-    Other arguments as of :func:`rnn_fwd`.
+    ``recurrence`` is called like :func:`run_backward`, other arguments as of :func:`rnn_fwd`.
     """
     steps, batch, hidden = _check(x, h0, w_ih, w_hh, b_ih, b_hh, flags, nonlinearity, h_mask)
     expect(
@@ -658,11 +677,7 @@ def _backward(
         dsums = slopes if in_place else x.new_empty((steps, batch, padded(hidden)))
         dh0 = wide_state(grad_h_n, h0)
         if batch:
-            plan = plan_for(steps, batch, hidden, x.dtype, x.device, backward=True)
-            for launch in backward_launches(
-                plan, _dense(grad_y), w_hh, slopes, dsums, dh0, _dense(flags), reverse, _dense(h_mask)
-            ):
-                launch.run()
+            recurrence(_dense(grad_y), w_hh, slopes, dsums, dh0, _dense(flags), reverse, _dense(h_mask))
         rows = dsums.flatten(0, 1)[:, :hidden]
         dx = product(rows, w_ih).view(x.shape) if needs & NEEDS_X else none
         if needs & NEEDS_STATE:
@@ -687,9 +702,9 @@ def _backward(
         return dx, dh0, dw_ih, dw_hh, db, dh_mask
 
 
-def rnn_bwd(*args: Any, overwrite: bool = False) -> tuple[Tensor, ...]:
+def rnn_bwd(*args: Any, overwrite: bool = False, recurrence: Callable[..., None] = run_backward) -> tuple[Tensor, ...]:
     """``(dx, dh0, dw_ih, dw_hh, db)``; arguments as of :func:`_backward`, without options."""
-    return _backward(*args, overwrite=overwrite)[:5]
+    return _backward(*args, overwrite=overwrite, recurrence=recurrence)[:5]
 
 
 def rnn_bwd_(*args: Any) -> tuple[Tensor, ...]:
@@ -702,16 +717,18 @@ def rnn_bwd_(*args: Any) -> tuple[Tensor, ...]:
 # arguments can be left out.
 
 
-def rnn_options_fwd(*args: Any) -> tuple[Tensor, ...]:
+def rnn_options_fwd(*args: Any, recurrence: Callable[..., None] = run_forward) -> tuple[Tensor, ...]:
     """:func:`rnn_fwd` for a call of ``fastseq::rnn_options_fwd``."""
     given: Any = (*args[:7], *args[9:11], args[-1])
-    return rnn_fwd(*given, h_mask=args[8])
+    return rnn_fwd(*given, h_mask=args[8], recurrence=recurrence)
 
 
-def rnn_options_bwd(*args: Any, overwrite: bool = False) -> tuple[Tensor, ...]:
+def rnn_options_bwd(
+    *args: Any, overwrite: bool = False, recurrence: Callable[..., None] = run_backward
+) -> tuple[Tensor, ...]:
     """Its backward; the gradient of the reset state, which is not served, is empty."""
     given: Any = (*args[:9], *args[11:15], args[-1])
-    *plain, dh_mask = _backward(*given, h_mask=args[10], overwrite=overwrite)
+    *plain, dh_mask = _backward(*given, h_mask=args[10], overwrite=overwrite, recurrence=recurrence)
     return (*plain, dh_mask.new_empty(0), dh_mask)
 
 
