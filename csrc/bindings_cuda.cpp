@@ -76,10 +76,9 @@ int resident_clusters(int dtype, bool backward, bool flags, int build, int hidde
 
 void lstm_cluster_forward(int dtype, int build, int clusters, const std::array<std::int64_t, 3>& sizes, bool reverse,
                           bool save, Address gates, std::int64_t gates_stride, Address w_hh, Address b_ih, Address b_hh,
-                          Address h0, Address h_state, Address c_state, Address y, Address c_tape, Address flags,
-                          Address stream) {
-  require(gates && w_hh && h0 && h_state && c_state && y && (c_tape || !save),
-          "gates, w_hh, h0, h_state, c_state, y, and with a tape c_tape");
+                          Address h_state, Address c_state, Address y, Address c_tape, Address flags, Address stream) {
+  require(gates && w_hh && h_state && c_state && y && (c_tape || !save),
+          "gates, w_hh, h_state, c_state, y, and with a tape c_tape");
   ClusterForward p{};
   p.size = sizes_of(sizes);
   check_tape(p.size, gates_stride);
@@ -88,7 +87,7 @@ void lstm_cluster_forward(int dtype, int build, int clusters, const std::array<s
   p.groups = choice.shape(/*backward=*/false).groups;
   p.reverse = reverse, p.save = save, p.gates_stride = gates_stride;
   p.gates = pointer<float>(gates), p.w_hh = pointer(w_hh), p.b_ih = pointer(b_ih), p.b_hh = pointer(b_hh);
-  p.h0 = pointer(h0), p.h_state = pointer(h_state), p.c_state = pointer<float>(c_state), p.y = pointer(y);
+  p.h_state = pointer(h_state), p.c_state = pointer<float>(c_state), p.y = pointer(y);
   p.c_tape = pointer<float>(c_tape), p.flags = pointer<const std::uint8_t>(flags);
   const py::gil_scoped_release release;
   launch_cluster_forward(dtype_of(dtype), choice, clusters, p, stream);

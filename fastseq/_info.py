@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fastseq import cpu
+from fastseq import cpu, cuda
 from fastseq._version import __version__
 from fastseq.kernels import plan
 from fastseq.ops import dispatch
@@ -31,7 +31,8 @@ def info() -> dict[str, Any]:
         - ``triton``: its version or None; only the kernels for CUDA tensors need it;
         - ``triton_regimes``: for each recurrence, pass and size of a number, the hidden sizes that each regime of the
           Triton kernels (see :mod:`fastseq.kernels.plan`) serves, on this GPU, or where there is none on an H100;
-        - ``cuda``: ``available`` and ``device``, as torch has them;
+        - ``cuda``: ``available`` and ``device``, as torch has them; ``kernels``, whether the CUDA C++ kernels are
+          there; ``why_unavailable``, None or the reason;
         - ``ops``: for each operation and device, ``backend`` (None when a forced one cannot serve), ``why``, and
           ``options``: the backend of each option of the operation (of its backward, for those that are about that);
         - ``switches``: the environment variables that change any of this, None where not set.
@@ -54,7 +55,12 @@ def info() -> dict[str, Any]:
         },
         "triton": _triton_version(),
         "triton_regimes": _triton_regimes(),
-        "cuda": {"available": has_cuda, "device": torch.cuda.get_device_name() if has_cuda else None},
+        "cuda": {
+            "available": has_cuda,
+            "device": torch.cuda.get_device_name() if has_cuda else None,
+            "kernels": cuda.why_unavailable("cuda") is None,
+            "why_unavailable": cuda.why_unavailable("cuda"),
+        },
         "ops": {op: {device: _served(op, device) for device in ("cpu", "cuda")} for op in dispatch.OPS},
         "switches": {name: os.environ.get(name) for name in SWITCHES},
     }

@@ -251,9 +251,12 @@ def test_an_implementation_that_cannot_serve_raises() -> None:
 def test_serving_says_what_and_why() -> None:
     assert dispatch.serving("lstm")[0] == "cpp"
     why, there = "the C++ kernels serve CPU tensors only, not cuda", ["reference"]
-    if dispatch.why_not("triton", "cuda") is None:  # where triton is installed
-        there.append("triton")
-        why = "the Triton kernels have not been verified on a GPU yet (FASTSEQ_IMPL=triton forces them)"
+    names = [name for name in ("triton", "cuda") if dispatch.why_not(name, "cuda") is None]  # where they are installed
+    there += names
+    if names:
+        kernels = " and ".join({"triton": "Triton", "cuda": "CUDA"}[name] for name in names)
+        forces = " or ".join(f"FASTSEQ_IMPL={name}" for name in names)
+        why = f"the {kernels} kernels have not been verified on a GPU yet ({forces} forces them)"
     why += "; plain layers use torch's own path"
     assert dispatch.serving("lstm", "cuda") == ("reference", why)
     with use_implementation("reference"):

@@ -21,6 +21,7 @@ PACKAGES = (
     "fastseq.cli.bench",
     "fastseq.cluster",
     "fastseq.cpu",
+    "fastseq.cuda",
     "fastseq.datasets",
     "fastseq.kernels",
     "fastseq.models",

@@ -89,7 +89,7 @@ lstm_cluster_forward(const FASTSEQ_PARAMETER ClusterForward p) {
       bool present = row < rows && k < H;
       if (kFlags && present) present = (p.flags[first_step * B + first + row] & kCut) == 0;
       h_buffers[s.h_at(0, row, k)] =
-          present ? static_cast<const Bits*>(p.h0)[(first + row) * H + k] : Number::narrow(0.0f);
+          present ? static_cast<const Bits*>(p.h_state)[(first + row) * H + k] : Number::narrow(0.0f);
     }
     float c[kBatchTiles];
     Bits h[kBatchTiles];
@@ -100,7 +100,7 @@ lstm_cluster_forward(const FASTSEQ_PARAMETER ClusterForward p) {
       const bool ok = row < rows && unit_ok;
       const std::int64_t at = (first + row) * H + unit;
       c[n] = ok ? p.c_state[at] : 0.0f;
-      h[n] = ok ? static_cast<const Bits*>(p.h0)[at] : Number::narrow(0.0f);
+      h[n] = ok ? static_cast<const Bits*>(p.h_state)[at] : Number::narrow(0.0f);
       flags[n] = kFlags ? flag_at(p.flags, first_step * B + first + row, row < rows) : std::uint8_t{0};
     }
     // All blocks have begun, and none still writes or reads for the tile before.

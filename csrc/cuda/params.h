@@ -21,8 +21,7 @@ struct ClusterForward {
   const void* w_hh;           // [4H, H]
   const void* b_ih;           // [4H] or null
   const void* b_hh;           // [4H] or null
-  const void* h0;             // [B, H]
-  void* h_state;              // [B, H]: out, h_n
+  void* h_state;              // [B, H]: in, h0; out, h_n
   float* c_state;             // [B, H]: in, c0; out, c_n
   void* y;                    // [T, B, H]
   float* c_tape;              // [T, B, HP] (save)

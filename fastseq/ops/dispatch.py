@@ -1,10 +1,10 @@
 """Which kernel serves an operation: PyTorch's dispatcher chooses by device, and this file among those of one device.
 
-The reference is registered for every device, the C++ kernels for CPU tensors and the Triton kernels for CUDA tensors.
-``FASTSEQ_IMPL`` (one of :data:`IMPLEMENTATIONS`, read once per process) or :func:`use` forces one implementation for
-everything that follows; one that cannot serve raises. Nothing falls back silently: without the extension the reference
-serves CPU tensors and ``python -m fastseq info`` says so. The Triton kernels have not run on a GPU yet, so they serve
-only when forced; else a CUDA tensor is served by the reference with one warning.
+The reference is registered for every device, the C++ kernels for CPU tensors, the Triton and CUDA C++ kernels for CUDA
+tensors. ``FASTSEQ_IMPL`` (one of :data:`IMPLEMENTATIONS`, read once per process) or :func:`use` forces one
+implementation for everything that follows; one that cannot serve raises. Nothing falls back silently: without the
+extension the reference serves CPU tensors and ``python -m fastseq info`` says so. The kernels for CUDA tensors have not
+run on a GPU yet, so they serve only when forced; else a CUDA tensor is served by the reference with one warning.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastseq import cpu
+from fastseq import cpu, cuda
 
 IMPLEMENTATIONS = ("reference", "cpp", "triton", "cuda")
 RECURRENCES = ("lstm", "rnn")
@@ -52,9 +52,17 @@ SERVED = {
     ("cpp", "rnn"): frozenset(OPTIONS["rnn"]),
     ("triton", "lstm"): frozenset(("lengths", "reset", "h_mask", "zoneout", "peephole")),
     ("triton", "rnn"): frozenset(("lengths", "reset", "h_mask")),
+    ("cuda", "lstm"): frozenset(("lengths", "reset")),
+    ("cuda", "rnn"): frozenset(("lengths", "reset")),
 } | {("triton", op): frozenset[str]() for op in OPS if op not in RECURRENCES}
 
 _NAMES = {"cpp": "C++", "triton": "Triton", "cuda": "CUDA"}
+
+#: Where the launchers of each implementation for CUDA tensors are. Both run on CPU tensors too, for tests: Triton's in
+#: its interpreter, those of CUDA C++ in the emulator.
+_LAUNCHERS = {"triton": "fastseq.kernels", "cuda": "fastseq.cuda"}
+#: How they say which of their kernels takes a shape.
+_REGIMES = {"triton": "resident, persistent or step by shape", "cuda": "cluster or cell by shape"}
 
 #: The library ``fastseq`` of ``torch.ops.fastseq``; every operation defines itself in it.
 library = torch.library.Library("fastseq", "DEF")
@@ -81,13 +89,11 @@ def why_not(implementation: str, device: str, op: str = "", options: Sequence[st
             return f"the C++ kernels serve CPU tensors only, not {device}"
         reason = cpu.why_unavailable()
         return reason if reason is not None or not options else _unserved(implementation, op, options)
-    if implementation == "triton":
-        reason = _why_not_triton(device)
+    if implementation in _LAUNCHERS:
+        reason = _why_not_triton(device) if implementation == "triton" else cuda.why_unavailable(device)
         if reason is None and op and (implementation, op) not in SERVED:
-            return f"there are no Triton kernels of {op} yet"
+            return f"there are no {_NAMES[implementation]} kernels of {op} yet"
         return reason if reason is not None or not options else _unserved(implementation, op, options)
-    if implementation in IMPLEMENTATIONS:
-        return f"this version of fastseq has no {implementation} kernels"
     return f"expected one of {', '.join(IMPLEMENTATIONS)}, got {implementation!r}"
 
 
@@ -124,14 +130,18 @@ def serving(op: str, device: str = "cpu", options: Iterable[str] = ()) -> tuple[
         if option not in OPTIONS.get(op, ()):
             raise ValueError(f"options: expected some of {', '.join(OPTIONS.get(op, ()))}, got {option!r}")
     if _forced is not None:
-        note = "; not verified on a GPU yet" if _forced == "triton" else ""
-        regime = "; resident, persistent or step by shape" if note and op in RECURRENCES else ""
+        note = "; not verified on a GPU yet" if _forced in _LAUNCHERS else ""
+        regime = f"; {_REGIMES[_forced]}" if note and op in RECURRENCES else ""
         return _choose(device, op, options), "forced" + regime + note
     reason = why_not("cpp", device, op, options)
     if reason is None:
         return "cpp", f"C++ kernels, {cpu.isa()}"
-    if device == "cuda" and why_not("triton", device, op) is None:
-        reason = "the Triton kernels have not been verified on a GPU yet (FASTSEQ_IMPL=triton forces them)"
+    if device == "cuda":
+        there = [name for name in _LAUNCHERS if why_not(name, device, op) is None]
+        if there:
+            names = " and ".join(_NAMES[name] for name in there)
+            how = " or ".join(f"FASTSEQ_IMPL={name}" for name in there)
+            reason = f"the {names} kernels have not been verified on a GPU yet ({how} forces them)"
     if device != "cpu" and op in RECURRENCES:
         reason += "; plain layers use torch's own path"
     return "reference", reason
@@ -185,32 +195,32 @@ def register_kernels(
     options_used: Callable[..., Sequence[str]] | None = None,
 ) -> None:
     """Registers the kernels of ``fastseq::name``: ``reference`` for every device, ``cpp`` beside it for the CPU, and
-    the Triton launcher of the same name, which is imported when it is first wanted. Where the reference itself is the
-    kernel for the CPU, it is for all.
+    the launchers of the same name of Triton and CUDA C++, which are imported when first wanted. Where the
+    reference itself is the kernel for the CPU, it is for all.
 
     ``op`` is the operation it belongs to, and ``options_used`` tells from the arguments of a call which options of it
     are used.
     """
 
-    def triton(*args: Any) -> Any:
-        return reference(*args) if cpp is reference else _triton_launcher(name)(*args)
+    def forced_launcher(chosen: str, *args: Any) -> Any:
+        return reference(*args) if cpp is reference else _launcher(chosen, name)(*args)
 
     def for_cpu(*args: Any) -> Any:
         chosen = _choose("cpu", op)
-        if chosen == "triton":
-            return triton(*args)
+        if chosen in _LAUNCHERS:
+            return forced_launcher(chosen, *args)
         return cpp(*args) if chosen == "cpp" else reference(*args)
 
     def for_cpu_by_options(*args: Any) -> Any:
         assert options_used is not None
         chosen = _choose("cpu", op, options_used(*args))
-        if chosen == "triton":
-            return triton(*args)
+        if chosen in _LAUNCHERS:
+            return forced_launcher(chosen, *args)
         return cpp(*args) if chosen == "cpp" else reference(*args)
 
     def for_cuda(*args: Any) -> Any:
-        used = () if options_used is None else options_used(*args)
-        return triton(*args) if _choose("cuda", op, used) == "triton" else for_others(*args)
+        chosen = _choose("cuda", op, () if options_used is None else options_used(*args))
+        return forced_launcher(chosen, *args) if chosen in _LAUNCHERS else for_others(*args)
 
     def for_others(*args: Any) -> Any:
         device = next(arg for arg in args if isinstance(arg, Tensor)).device.type
@@ -224,8 +234,8 @@ def register_kernels(
 
 
 @functools.cache
-def _triton_launcher(name: str) -> Callable[..., Any]:
-    """``lstm_fwd`` of :mod:`fastseq.kernels.lstm`, and so on."""
+def _launcher(implementation: str, name: str) -> Callable[..., Any]:
+    """``lstm_fwd`` of :mod:`fastseq.kernels.lstm` or :mod:`fastseq.cuda.lstm`, and so on."""
     stem = name.removesuffix("_").removesuffix("_fwd").removesuffix("_bwd").removesuffix("_options")
-    launcher: Callable[..., Any] = getattr(importlib.import_module(f"fastseq.kernels.{stem}"), name)
+    launcher: Callable[..., Any] = getattr(importlib.import_module(f"{_LAUNCHERS[implementation]}.{stem}"), name)
     return launcher
