@@ -37,12 +37,15 @@ Dtype dtype_of(int code) {
   throw std::invalid_argument("the CUDA kernels serve float32, bfloat16 and float16");
 }
 
+// Kernels count steps, sequences and units in ints, and go past the last by less than the half that this leaves.
+constexpr std::int64_t kMaxSize = std::numeric_limits<int>::max() / 2;
+
 // (T, B, H) and the width of the tape.
 Sizes sizes_of(const std::array<std::int64_t, 3>& given) {
   for (const std::int64_t size : given)
-    if (size < 1 || size > std::numeric_limits<int>::max()) throw std::invalid_argument("a size is out of range");
-  const int H = static_cast<int>(given[2]);
-  return {given[0], given[1], H, ceil_div(H, kTapeLanes) * kTapeLanes};
+    if (size < 1 || size > kMaxSize) throw std::invalid_argument("a size is out of range");
+  const auto number = [](std::int64_t size) { return static_cast<int>(size); };
+  return {number(given[0]), number(given[1]), number(given[2]), ceil_div(number(given[2]), kTapeLanes) * kTapeLanes};
 }
 
 void check_tape(const Sizes& size, std::int64_t gates_stride) {

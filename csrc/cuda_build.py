@@ -31,6 +31,7 @@ HOST_SOURCES = (CSRC / "bindings_cuda.cpp", CUDA / "launch.cpp")
 EMULATOR_SOURCES = tuple(sorted((CUDA / "emulated").glob("*.cpp")))
 HOST_FLAGS = ("-std=c++17", "-Wall", "-Wextra", "-fPIC", "-fvisibility=hidden", f"-I{CSRC}")
 EMULATOR = "_cuda_emulated"
+EMULATOR_FLAGS = ("-O1", "-DFASTSEQ_CUDA_EMULATED")
 
 
 def nvcc() -> str | None:
@@ -41,6 +42,21 @@ def nvcc() -> str | None:
 def gpu_present() -> bool:
     """Whether this machine has an NVIDIA GPU with its driver."""
     return Path("/dev/nvidiactl").exists() or Path("/dev/dxg").exists()
+
+
+def wanted_nvcc(choice: str) -> str | None:
+    """The nvcc that builds ``fastseq._cuda`` for a value of FASTSEQ_CUDA, or None where it is not to be built: ``auto``
+    builds where there are nvcc and a GPU, since it takes minutes and serves only when forced.
+
+    Raises:
+        SystemExit: the value is not known, or asks for a build without nvcc.
+    """
+    if choice not in ("0", "1", "auto"):
+        raise SystemExit(f"FASTSEQ_CUDA: expected 0, 1 or auto, got {choice!r}")
+    found = nvcc()
+    if choice == "1" and found is None:
+        raise SystemExit("FASTSEQ_CUDA=1 needs nvcc, and there is none (the variable NVCC can name it)")
+    return found if choice == "1" or (choice == "auto" and gpu_present()) else None
 
 
 def nvcc_command(compiler: str, source: Path, output: Path, targets: Sequence[str], *, werror: bool) -> list[str]:
@@ -102,10 +118,20 @@ def build_emulator(folder: Path) -> Path:
     if module.exists():
         return module
     folder.mkdir(parents=True, exist_ok=True)
-    flags = ["-O1", "-Werror", "-DFASTSEQ_CUDA_EMULATED"]
-    objects = [folder / f"{source.parent.name}_{source.name}.o" for source in sources]
+    objects = [folder / emulator_object(source) for source in sources]
+    flags = [*EMULATOR_FLAGS, "-Werror"]
     run_all([host_command(s, o, EMULATOR, flags) for s, o in zip(sources, objects, strict=True)], 2)
-    unfinished = folder / f"unfinished-{os.getpid()}"
+    link_emulator(objects, module)
+    return module
+
+
+def emulator_object(source: Path) -> str:
+    """The name of the object of one of the emulator's sources."""
+    return f"{source.parent.name}_{source.name}.o"
+
+
+def link_emulator(objects: Sequence[Path], module: Path) -> None:
+    """The emulator of its objects."""
+    unfinished = module.with_name(f"unfinished-{os.getpid()}")
     run_all([[os.environ.get("CXX", "g++"), "-shared", "-o", str(unfinished), *map(str, objects)]], 1)
     unfinished.rename(module)  # at once, so that nobody loads half of it
-    return module

@@ -5,22 +5,18 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import shutil
-import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import cuda_build
 import pytest
 
 from fastseq.cuda import extension
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "csrc"))
-
-import cuda_build  # noqa: E402
-
 COMPILER = shutil.which("g++")
 
 needs_launchers = pytest.mark.skipif(
@@ -28,10 +24,8 @@ needs_launchers = pytest.mark.skipif(
 )
 
 
-@cache
-def emulator() -> ModuleType:
-    """The extension as an emulator of a GPU, compiled when its sources have changed."""
-    path = cuda_build.build_emulator(ROOT / "build" / "emulated")
+def load(path: Path) -> ModuleType:
+    """An emulator that was built."""
     spec = importlib.util.spec_from_file_location(cuda_build.EMULATOR, path)
     assert spec is not None
     assert spec.loader is not None
@@ -40,10 +34,17 @@ def emulator() -> ModuleType:
     return module
 
 
+@cache
+def emulator() -> ModuleType:
+    """The extension as an emulator of a GPU, compiled when its sources have changed."""
+    return load(cuda_build.build_emulator(ROOT / "build" / "emulated"))
+
+
 @contextlib.contextmanager
-def emulated(schedule: int = 0) -> Iterator[Any]:
-    """Inside the ``with`` block the implementation ``cuda`` serves CPU tensors, by the emulator in this schedule."""
-    module = emulator()
+def emulated(schedule: int = 0, module: ModuleType | None = None) -> Iterator[Any]:
+    """Inside the ``with`` block the implementation ``cuda`` serves CPU tensors, by the emulator in this schedule, or
+    by another one of it."""
+    module = module or emulator()
     before, extension._cuda = extension._cuda, module
     module.set_schedule(schedule)
     try:

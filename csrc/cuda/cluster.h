@@ -28,6 +28,17 @@ FASTSEQ_DEVICE std::uint8_t flag_at(const std::uint8_t* flags, std::int64_t row,
   return present ? machine::load_constant(flags + row) : std::uint8_t{0};
 }
 
+// The order in which a pass walks through the steps, 0 the first that it comes to.
+struct Walk {
+  int T, B;
+  bool from_the_end;
+
+  // The row of a step and a sequence in a [T * B, ·] tensor.
+  FASTSEQ_DEVICE std::int64_t row(int step, int sequence) const {
+    return static_cast<std::int64_t>(from_the_end ? T - 1 - step : step) * B + sequence;
+  }
+};
+
 // Steps whose columns of gates (backward: and of c, a step earlier in the direction) the copy engine brings. A warp
 // fills a slot; every thread that reads one waits for it; a barrier of the block stands between the last read of a slot
 // and the next filling.
@@ -43,7 +54,7 @@ struct Ring {
 
   // Lanes of one warp: row `row` of the tape has the first of `rows` sequences. `row_before` is that of c, negative
   // where there is none.
-  FASTSEQ_DEVICE void fill(const ClusterShape& s, std::int64_t n, int rows, std::int64_t row, std::int64_t row_before,
+  FASTSEQ_DEVICE void fill(const ClusterShape& s, std::uint32_t n, int rows, std::int64_t row, std::int64_t row_before,
                            int lane) const {
     if (columns == 0) return;
     const int slot = ring_slot(n);
@@ -63,7 +74,7 @@ struct Ring {
                            barriers + slot);
   }
 
-  FASTSEQ_DEVICE void wait(std::int64_t n) const {
+  FASTSEQ_DEVICE void wait(std::uint32_t n) const {
     if (columns > 0) machine::copy_barrier_wait(barriers + ring_slot(n), ring_parity(n));
     machine::warp_barrier();
   }

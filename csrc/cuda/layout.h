@@ -179,9 +179,10 @@ struct BackwardShared {
 };
 
 // Step `n` of those that a cluster has gone through, over all its tiles of the batch: its slot of the ring, and the
-// parity of that slot's barrier.
-FASTSEQ_HOST_DEVICE constexpr int ring_slot(std::int64_t n) { return static_cast<int>(n % kRingSlots); }
-FASTSEQ_HOST_DEVICE constexpr int ring_parity(std::int64_t n) { return static_cast<int>(n / kRingSlots % 2); }
+// parity of that slot's barrier. The count may begin anew, since 2^32 is a whole number of rounds of both parities.
+static_assert((std::uint64_t{1} << 32) % (2 * kRingSlots) == 0);
+FASTSEQ_HOST_DEVICE constexpr int ring_slot(std::uint32_t n) { return static_cast<int>(n % kRingSlots); }
+FASTSEQ_HOST_DEVICE constexpr int ring_parity(std::uint32_t n) { return static_cast<int>(n / kRingSlots % 2); }
 
 // What the kernels of both passes were compiled for: blocks of the cluster, threads that a block may have, K tiles of
 // weights that fit their registers then, and eights of rows in a tile of the batch.

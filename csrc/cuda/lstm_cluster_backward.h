@@ -11,6 +11,9 @@
 
 namespace fastseq::cuda {
 
+// Beside the flags of a step: the step after it, in the order of the forward, began anew.
+constexpr std::uint8_t kCutAfter = 4;
+
 template <typename Number, int kBlocks, int kThreads, int kRegisterTiles, int kBatchTiles, bool kFlags>
 FASTSEQ_KERNEL(kThreads)
 lstm_cluster_backward(const FASTSEQ_PARAMETER ClusterBackward p) {
@@ -25,13 +28,11 @@ lstm_cluster_backward(const FASTSEQ_PARAMETER ClusterBackward p) {
   Bits* const dgates = reinterpret_cast<Bits*>(shared + regions.dgates);
   Words4* const streamed = reinterpret_cast<Words4*>(shared + regions.weights);
 
-  const int H = p.size.H, HP = p.size.HP;
-  const std::int64_t T = p.size.T, B = p.size.B;
+  const int T = p.size.T, B = p.size.B, H = p.size.H, HP = p.size.HP;
   const int rank = machine::cluster_rank(), warp = machine::thread() / kLanes, lane = machine::thread() % kLanes;
   const int own_unit = s.backward_cell_unit(warp, lane), unit = rank * s.units() + own_unit;
   const bool unit_ok = unit < H;
-  // In the order of the backward.
-  const std::int64_t first_time = p.reverse ? 0 : T - 1, direction = p.reverse ? 1 : -1;
+  const Walk walk{T, B, !p.reverse};
 
   const auto weights_at = [&](int tile, int m) {
     std::uint32_t words[4];
@@ -70,13 +71,11 @@ lstm_cluster_backward(const FASTSEQ_PARAMETER ClusterBackward p) {
   init_ring(ring.barriers);
 
   const int clusters = machine::blocks() / kBlocks;
-  std::int64_t gone = 0;  // steps of earlier tiles
-  for (std::int64_t first = static_cast<std::int64_t>(machine::block() / kBlocks) * s.rows(); first < B;
-       first += static_cast<std::int64_t>(clusters) * s.rows(), gone += T) {
-    const int rows = static_cast<int>(B - first < s.rows() ? B - first : s.rows());
-    const auto fill = [&](std::int64_t n) {
-      const std::int64_t row = (first_time + direction * n) * B + first;
-      ring.fill(s, gone + n, rows, row, n + 1 < T ? row + direction * B : -1, lane);
+  std::uint32_t gone = 0;  // steps of earlier tiles
+  for (int first = machine::block() / kBlocks * s.rows(); first < B; first += clusters * s.rows(), gone += T) {
+    const int rows = B - first < s.rows() ? B - first : s.rows();
+    const auto fill = [&](int n) {
+      ring.fill(s, gone + n, rows, walk.row(n, first), n + 1 < T ? walk.row(n + 1, first) : -1, lane);
     };
 
     machine::block_barrier();  // all reads of the tile before are done
@@ -84,26 +83,24 @@ lstm_cluster_backward(const FASTSEQ_PARAMETER ClusterBackward p) {
       for (int n = 0; n < kRingSlots && n < T; ++n) fill(n);
     float dh[kBatchTiles], dc[kBatchTiles], dy[kBatchTiles];
     std::uint8_t flags[kBatchTiles];
-    bool cut_after[kBatchTiles];
     FASTSEQ_UNROLLED
     for (int n = 0; n < kBatchTiles; ++n) {
       const int row = s.backward_cell_row(lane, n);
       const bool ok = row < rows && unit_ok;
-      const std::int64_t at = (first + row) * H + unit;
+      const std::int64_t at = static_cast<std::int64_t>(first + row) * H + unit;
       dh[n] = ok ? p.dh_state[at] : 0.0f;
       dc[n] = ok ? p.dc_state[at] : 0.0f;
-      dy[n] = wide_at<Number>(p.grad_y, (first_time * B + first + row) * H + unit, ok && p.grad_y);
-      flags[n] = kFlags ? flag_at(p.flags, first_time * B + first + row, row < rows) : std::uint8_t{0};
-      cut_after[n] = false;
+      dy[n] = wide_at<Number>(p.grad_y, walk.row(0, first + row) * H + unit, ok && p.grad_y);
+      flags[n] = kFlags ? flag_at(p.flags, walk.row(0, first + row), row < rows) : std::uint8_t{0};
     }
     // All blocks have begun, and none still writes or reads for the tile before.
     machine::cluster_arrive();
     machine::cluster_wait();
 
-    for (std::int64_t step = 0; step < T; ++step) {
-      const std::int64_t row0 = (first_time + direction * step) * B + first;
+    for (int step = 0; step < T; ++step) {
+      const std::int64_t row0 = walk.row(step, first);
       const bool last = step + 1 == T;
-      const int buffer = static_cast<int>(step & 1);
+      const int buffer = step & 1;
 
       ring.wait(gone + step);
       const int slot = ring_slot(gone + step);
@@ -113,11 +110,12 @@ lstm_cluster_backward(const FASTSEQ_PARAMETER ClusterBackward p) {
         const bool ok = row < rows && unit_ok;
         const float* a = ring.gates + s.gates_at(slot, row, 0, own_unit);
         const bool cut = kFlags && (flags[n] & kCut), padding = kFlags && (flags[n] & kPadding);
-        float c = last ? wide_at<Number>(p.c0, (first + row) * H + unit, ok) : ring.c[s.c_at(slot, row, own_unit)];
+        float c = last ? wide_at<Number>(p.c0, static_cast<std::int64_t>(first + row) * H + unit, ok)
+                       : ring.c[s.c_at(slot, row, own_unit)];
         if (cut) c = 0.0f;
         // The shares of all blocks, in order; four sums at once, since one chain of 16 would be waited for.
         float share[4] = {};
-        if (step > 0 && !cut_after[n]) {
+        if (step > 0 && !(kFlags && (flags[n] & kCutAfter))) {
           FASTSEQ_UNROLLED
           for (int sender = 0; sender < kBlocks; ++sender)
             share[sender % 4] += arrived[s.arrived_at(1 - buffer, sender, own_unit, row)];
@@ -137,7 +135,6 @@ lstm_cluster_backward(const FASTSEQ_PARAMETER ClusterBackward p) {
         to[s.units()] = Number::narrow(d.sums.f);
         to[2 * s.units()] = Number::narrow(d.sums.g);
         to[3 * s.units()] = Number::narrow(d.sums.o);
-        cut_after[n] = cut;
       }
       machine::block_barrier();
 
@@ -165,8 +162,9 @@ lstm_cluster_backward(const FASTSEQ_PARAMETER ClusterBackward p) {
             }
           }
         }
-        FASTSEQ_ROLLED  // there are no registers for the weights of several rounds
-            for (int i = 0; i < s.backward_streamed(); i += 2) {
+        // There are no registers for the weights of several rounds.
+        FASTSEQ_ROLLED
+        for (int i = 0; i < s.backward_streamed(); i += 2) {
           FASTSEQ_UNROLLED
           for (int n = 0; n < kBatchTiles; ++n) {
             const Words4 right = machine::load_matrices(
@@ -212,9 +210,12 @@ lstm_cluster_backward(const FASTSEQ_PARAMETER ClusterBackward p) {
         FASTSEQ_UNROLLED
         for (int n = 0; n < kBatchTiles; ++n) {
           const int row = s.backward_cell_row(lane, n);
-          const std::int64_t at = row0 + direction * B + row;
+          const std::int64_t at = walk.row(step + 1, first + row);
           dy[n] = wide_at<Number>(p.grad_y, at * H + unit, p.grad_y && row < rows && unit_ok);
-          if (kFlags) flags[n] = flag_at(p.flags, at, row < rows);
+          if (kFlags) {
+            const std::uint8_t cut_after = flags[n] & kCut ? kCutAfter : 0;
+            flags[n] = flag_at(p.flags, at, row < rows) | cut_after;
+          }
         }
         machine::cluster_wait();
       }
@@ -224,8 +225,9 @@ lstm_cluster_backward(const FASTSEQ_PARAMETER ClusterBackward p) {
     for (int n = 0; n < kBatchTiles; ++n) {
       const int row = s.backward_cell_row(lane, n);
       if (row < rows && unit_ok) {
-        p.dh_state[(first + row) * H + unit] = dh[n];
-        p.dc_state[(first + row) * H + unit] = dc[n];
+        const std::int64_t at = static_cast<std::int64_t>(first + row) * H + unit;
+        p.dh_state[at] = dh[n];
+        p.dc_state[at] = dc[n];
       }
     }
   }

@@ -25,13 +25,12 @@ lstm_cluster_forward(const FASTSEQ_PARAMETER ClusterForward p) {
   Floats4* const swapped = reinterpret_cast<Floats4*>(shared + regions.exchange);
   Words4* const streamed = reinterpret_cast<Words4*>(shared + regions.weights);
 
-  const int H = p.size.H, HP = p.size.HP;
-  const std::int64_t T = p.size.T, B = p.size.B;
+  const int T = p.size.T, B = p.size.B, H = p.size.H, HP = p.size.HP;
   const int rank = machine::cluster_rank(), warp = machine::thread() / kLanes, lane = machine::thread() % kLanes;
   const int group = s.group_of(warp), part = s.part_of(warp);
   const int unit = s.forward_unit(rank, group, lane), own_unit = group * kGroupUnits + lane / 4;
   const bool unit_ok = unit < H;
-  const std::int64_t first_step = p.reverse ? T - 1 : 0, direction = p.reverse ? -1 : 1;
+  const Walk walk{T, B, p.reverse};
 
   // The weights of this warp: as many K tiles as fit in registers, the others in shared memory in the same form.
   const auto weights_at = [&](int tile, int m) {
@@ -74,22 +73,21 @@ lstm_cluster_forward(const FASTSEQ_PARAMETER ClusterForward p) {
   init_ring(ring.barriers);
 
   const int clusters = machine::blocks() / kBlocks;
-  std::int64_t gone = 0;  // steps of earlier tiles
-  for (std::int64_t first = static_cast<std::int64_t>(machine::block() / kBlocks) * s.rows(); first < B;
-       first += static_cast<std::int64_t>(clusters) * s.rows(), gone += T) {
-    const int rows = static_cast<int>(B - first < s.rows() ? B - first : s.rows());
+  std::uint32_t gone = 0;  // steps of earlier tiles
+  for (int first = machine::block() / kBlocks * s.rows(); first < B; first += clusters * s.rows(), gone += T) {
+    const int rows = B - first < s.rows() ? B - first : s.rows();
 
     // Every block takes all of h0 itself, after its own last reads of what is there.
     machine::block_barrier();
     if (warp == 0)
-      for (int n = 0; n < kRingSlots && n < T; ++n)
-        ring.fill(s, gone + n, rows, (first_step + direction * n) * B + first, -1, lane);
+      for (int n = 0; n < kRingSlots && n < T; ++n) ring.fill(s, gone + n, rows, walk.row(n, first), -1, lane);
     for (int i = machine::thread(); i < s.rows() * s.width(); i += s.threads()) {
       const int row = i / s.width(), k = i % s.width();
       bool present = row < rows && k < H;
-      if (kFlags && present) present = (p.flags[first_step * B + first + row] & kCut) == 0;
+      if (kFlags && present) present = (p.flags[walk.row(0, first + row)] & kCut) == 0;
       h_buffers[s.h_at(0, row, k)] =
-          present ? static_cast<const Bits*>(p.h_state)[(first + row) * H + k] : Number::narrow(0.0f);
+          present ? static_cast<const Bits*>(p.h_state)[static_cast<std::int64_t>(first + row) * H + k]
+                  : Number::narrow(0.0f);
     }
     float c[kBatchTiles];
     Bits h[kBatchTiles];
@@ -98,26 +96,26 @@ lstm_cluster_forward(const FASTSEQ_PARAMETER ClusterForward p) {
     for (int n = 0; n < kBatchTiles; ++n) {
       const int row = s.forward_row(part, lane, n);
       const bool ok = row < rows && unit_ok;
-      const std::int64_t at = (first + row) * H + unit;
+      const std::int64_t at = static_cast<std::int64_t>(first + row) * H + unit;
       c[n] = ok ? p.c_state[at] : 0.0f;
       h[n] = ok ? static_cast<const Bits*>(p.h_state)[at] : Number::narrow(0.0f);
-      flags[n] = kFlags ? flag_at(p.flags, first_step * B + first + row, row < rows) : std::uint8_t{0};
+      flags[n] = kFlags ? flag_at(p.flags, walk.row(0, first + row), row < rows) : std::uint8_t{0};
     }
     // All blocks have begun, and none still writes or reads for the tile before.
     machine::cluster_arrive();
     machine::cluster_wait();
 
-    for (std::int64_t step = 0; step < T; ++step) {
-      const std::int64_t row0 = (first_step + direction * step) * B + first;
+    for (int step = 0; step < T; ++step) {
+      const std::int64_t row0 = walk.row(step, first);
       const bool last = step + 1 == T;
-      const int buffer = static_cast<int>(step & 1);
+      const int buffer = step & 1;
 
       std::uint8_t next_flags[kBatchTiles];
       if constexpr (kFlags) {
         FASTSEQ_UNROLLED
         for (int n = 0; n < kBatchTiles; ++n) {
           const int row = s.forward_row(part, lane, n);
-          next_flags[n] = flag_at(p.flags, row0 + direction * B + row, !last && row < rows);
+          next_flags[n] = flag_at(p.flags, walk.row(step + 1, first + row), !last && row < rows);
         }
       }
 
@@ -141,6 +139,8 @@ lstm_cluster_forward(const FASTSEQ_PARAMETER ClusterForward p) {
           }
         }
       }
+      // There are no registers for the weights of several rounds.
+      FASTSEQ_ROLLED
       for (int i = 0; i < s.forward_streamed(); i += 2) {
         FASTSEQ_UNROLLED
         for (int n = 0; n < kBatchTiles; ++n) {
@@ -235,7 +235,7 @@ lstm_cluster_forward(const FASTSEQ_PARAMETER ClusterForward p) {
       }
       // The slot of the step before: every thread has read it, since all have met at the end of that step.
       if (warp == 0 && step > 0 && step - 1 + kRingSlots < T)
-        ring.fill(s, gone + step - 1 + kRingSlots, rows, row0 + direction * (kRingSlots - 1) * B, -1, lane);
+        ring.fill(s, gone + step - 1 + kRingSlots, rows, walk.row(step - 1 + kRingSlots, first), -1, lane);
       if (!last) machine::cluster_wait();
     }
 
@@ -243,8 +243,9 @@ lstm_cluster_forward(const FASTSEQ_PARAMETER ClusterForward p) {
     for (int n = 0; n < kBatchTiles; ++n) {
       const int row = s.forward_row(part, lane, n);
       if (row < rows && unit_ok) {
-        static_cast<Bits*>(p.h_state)[(first + row) * H + unit] = h[n];
-        p.c_state[(first + row) * H + unit] = c[n];
+        const std::int64_t at = static_cast<std::int64_t>(first + row) * H + unit;
+        static_cast<Bits*>(p.h_state)[at] = h[n];
+        p.c_state[at] = c[n];
       }
     }
   }

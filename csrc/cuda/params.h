@@ -7,8 +7,7 @@
 namespace fastseq::cuda {
 
 struct Sizes {
-  std::int64_t T, B;
-  int H, HP;
+  int T, B, H, HP;
 };
 
 // The whole sequence of one layer in one direction, forward.
