@@ -11,6 +11,7 @@ import torch
 
 from fastseq import cpu, cuda
 from fastseq._version import __version__
+from fastseq.cuda import plan as cuda_plan
 from fastseq.kernels import plan
 from fastseq.ops import dispatch
 
@@ -32,7 +33,8 @@ def info() -> dict[str, Any]:
         - ``triton_regimes``: for each recurrence, pass and size of a number, the hidden sizes that each regime of the
           Triton kernels (see :mod:`fastseq.kernels.plan`) serves, on this GPU, or where there is none on an H100;
         - ``cuda``: ``available`` and ``device``, as torch has them; ``kernels``, whether the CUDA C++ kernels are
-          there; ``why_unavailable``, None or the reason;
+          there; ``why_unavailable``, None or the reason; ``lstm_regimes``, None or by pass which hidden sizes each
+          regime of those kernels serves in half types, as for Triton;
         - ``ops``: for each operation and device, ``backend`` (None when a forced one cannot serve), ``why``, and
           ``options``: the backend of each option of the operation (of its backward, for those that are about that);
         - ``switches``: the environment variables that change any of this, None where not set.
@@ -60,6 +62,7 @@ def info() -> dict[str, Any]:
             "device": torch.cuda.get_device_name() if has_cuda else None,
             "kernels": cuda.why_unavailable("cuda") is None,
             "why_unavailable": cuda.why_unavailable("cuda"),
+            "lstm_regimes": _cuda_regimes(),
         },
         "ops": {op: {device: _served(op, device) for device in ("cpu", "cuda")} for op in dispatch.OPS},
         "switches": {name: os.environ.get(name) for name in SWITCHES},
@@ -106,6 +109,12 @@ def _triton_regimes() -> dict[str, Any]:
         }
         for op, gates in (("lstm", 4), ("rnn", 1))
     }
+
+
+def _cuda_regimes() -> dict[str, str] | None:
+    if cuda.why_unavailable("cuda") is not None:
+        return None
+    return {which: cuda_plan.regimes(which == "backward") for which in ("forward", "backward")}
 
 
 def _cpu_model() -> str:

@@ -1004,10 +1004,10 @@ def lstm_bwd(*args: Any, overwrite: bool = False, recurrence: Callable[..., None
     return _backward(*args, overwrite=overwrite, recurrence=recurrence)[:7]
 
 
-def lstm_bwd_(*args: Any) -> tuple[Tensor, ...]:
+def lstm_bwd_(*args: Any, recurrence: Callable[..., None] = run_backward) -> tuple[Tensor, ...]:
     """:func:`lstm_bwd`, free to overwrite the gates (the argument at place 14)."""
     torch.autograd.graph.increment_version(args[14])
-    return lstm_bwd(*args, overwrite=True)
+    return lstm_bwd(*args, overwrite=True, recurrence=recurrence)
 
 
 # The operation with options, of which fastseq.ops.dispatch.SERVED names those that a call may use here; the other
@@ -1042,10 +1042,10 @@ def lstm_options_bwd(
     return (*plain, none, none, dh_mask, dpeephole, *(none.clone() for _ in range(6)))
 
 
-def lstm_options_bwd_(*args: Any) -> tuple[Tensor, ...]:
+def lstm_options_bwd_(*args: Any, recurrence: Callable[..., None] = run_backward) -> tuple[Tensor, ...]:
     """:func:`lstm_options_bwd`, free to overwrite the gates (the argument at place 28)."""
     torch.autograd.graph.increment_version(args[28])
-    return lstm_options_bwd(*args, overwrite=True)
+    return lstm_options_bwd(*args, overwrite=True, recurrence=recurrence)
 
 
 def _peephole_gradient(

@@ -707,10 +707,10 @@ def rnn_bwd(*args: Any, overwrite: bool = False, recurrence: Callable[..., None]
     return _backward(*args, overwrite=overwrite, recurrence=recurrence)[:5]
 
 
-def rnn_bwd_(*args: Any) -> tuple[Tensor, ...]:
+def rnn_bwd_(*args: Any, recurrence: Callable[..., None] = run_backward) -> tuple[Tensor, ...]:
     """:func:`rnn_bwd`, free to overwrite the slopes (the argument at place 10)."""
     torch.autograd.graph.increment_version(args[10])
-    return rnn_bwd(*args, overwrite=True)
+    return rnn_bwd(*args, overwrite=True, recurrence=recurrence)
 
 
 # The operation with options, of which fastseq.ops.dispatch.SERVED names those that a call may use here; the other
@@ -732,7 +732,7 @@ def rnn_options_bwd(
     return (*plain, dh_mask.new_empty(0), dh_mask)
 
 
-def rnn_options_bwd_(*args: Any) -> tuple[Tensor, ...]:
+def rnn_options_bwd_(*args: Any, recurrence: Callable[..., None] = run_backward) -> tuple[Tensor, ...]:
     """:func:`rnn_options_bwd`, free to overwrite the slopes (the argument at place 12)."""
     torch.autograd.graph.increment_version(args[12])
-    return rnn_options_bwd(*args, overwrite=True)
+    return rnn_options_bwd(*args, overwrite=True, recurrence=recurrence)

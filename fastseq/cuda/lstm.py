@@ -3,16 +3,12 @@ is :mod:`fastseq.kernels.lstm`'s; shapes and conventions are those of its launch
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from torch import Tensor
 
 from fastseq.cpu.memory import STORAGE, address
 from fastseq.cuda import plan as planning
 from fastseq.cuda.extension import extension
 from fastseq.cuda.steps import first_operand, in_time, row, stream_of
-from fastseq.kernels import lstm as layer
 from fastseq.kernels.products import wide_product
 
 
@@ -129,35 +125,3 @@ def _refuse(options: tuple[Tensor | None, ...]) -> None:
     """What :data:`fastseq.ops.dispatch.SERVED` does not name does not come here but through ``torch.ops``."""
     if any(option is not None for option in options):
         raise RuntimeError("the CUDA kernels of lstm serve no masks, zoneout or peepholes; use the reference")
-
-
-def lstm_fwd(*args: Any) -> tuple[Tensor, ...]:
-    """As :func:`fastseq.kernels.lstm.lstm_fwd`."""
-    return layer.lstm_fwd(*args, recurrence=run_forward)
-
-
-def lstm_bwd(*args: Any, overwrite: bool = False) -> tuple[Tensor, ...]:
-    """As :func:`fastseq.kernels.lstm.lstm_bwd`."""
-    return layer.lstm_bwd(*args, overwrite=overwrite, recurrence=run_backward)
-
-
-def lstm_bwd_(*args: Any) -> tuple[Tensor, ...]:
-    """:func:`lstm_bwd`, free to overwrite the gates (the argument at place 14)."""
-    torch.autograd.graph.increment_version(args[14])
-    return lstm_bwd(*args, overwrite=True)
-
-
-def lstm_options_fwd(*args: Any) -> tuple[Tensor, ...]:
-    """As :func:`fastseq.kernels.lstm.lstm_options_fwd`."""
-    return layer.lstm_options_fwd(*args, recurrence=run_forward)
-
-
-def lstm_options_bwd(*args: Any, overwrite: bool = False) -> tuple[Tensor, ...]:
-    """As :func:`fastseq.kernels.lstm.lstm_options_bwd`."""
-    return layer.lstm_options_bwd(*args, overwrite=overwrite, recurrence=run_backward)
-
-
-def lstm_options_bwd_(*args: Any) -> tuple[Tensor, ...]:
-    """:func:`lstm_options_bwd`, free to overwrite the gates (the argument at place 28)."""
-    torch.autograd.graph.increment_version(args[28])
-    return lstm_options_bwd(*args, overwrite=True)

@@ -15,6 +15,8 @@ from fastseq.cuda.extension import extension
 
 REGIMES = ("cluster", "cell")
 HALF_TYPES = (torch.float16, torch.bfloat16)
+H100_SHARED = 227 * 1024  # bytes that a block may have
+LARGEST_TOLD = 1024  # hidden size
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,20 @@ def choose(
     if regime == "cluster":
         raise RuntimeError(f"the cluster kernel was asked for, but cannot serve: {reason}")
     return Plan("cell")
+
+
+@cache
+def regimes(backward: bool) -> str:
+    """Which regime serves which hidden sizes of an LSTM in half types on this GPU, else on an H100."""
+    here = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None
+
+    def by_cluster(hidden: int) -> bool:
+        if here is not None:
+            return choose(2, 1, hidden, torch.float16, here, backward, True).regime == "cluster"
+        return any(shared <= H100_SHARED for *_, shared in extension().cluster_builds(hidden, backward))
+
+    largest = next((hidden for hidden in range(LARGEST_TOLD, 0, -1) if by_cluster(hidden)), 0)
+    return f"cluster to {largest}, cell beyond" if largest else "cell"
 
 
 @cache

@@ -3,16 +3,12 @@ surrounds the recurrence is :mod:`fastseq.kernels.rnn`'s; shapes and conventions
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from torch import Tensor
 
 from fastseq.cpu.memory import STORAGE, address
 from fastseq.cpu.rnn import ACTIVATIONS
 from fastseq.cuda.extension import extension
 from fastseq.cuda.steps import first_operand, in_time, row, stream_of
-from fastseq.kernels import rnn as layer
 from fastseq.kernels.products import wide_product
 
 
@@ -92,35 +88,3 @@ def _refuse(h_mask: Tensor | None) -> None:
     """What :data:`fastseq.ops.dispatch.SERVED` does not name does not come here but through ``torch.ops``."""
     if h_mask is not None:
         raise RuntimeError("the CUDA kernels of rnn serve no mask on h; use the reference")
-
-
-def rnn_fwd(*args: Any) -> tuple[Tensor, ...]:
-    """As :func:`fastseq.kernels.rnn.rnn_fwd`."""
-    return layer.rnn_fwd(*args, recurrence=run_forward)
-
-
-def rnn_bwd(*args: Any, overwrite: bool = False) -> tuple[Tensor, ...]:
-    """As :func:`fastseq.kernels.rnn.rnn_bwd`."""
-    return layer.rnn_bwd(*args, overwrite=overwrite, recurrence=run_backward)
-
-
-def rnn_bwd_(*args: Any) -> tuple[Tensor, ...]:
-    """:func:`rnn_bwd`, free to overwrite the slopes (the argument at place 10)."""
-    torch.autograd.graph.increment_version(args[10])
-    return rnn_bwd(*args, overwrite=True)
-
-
-def rnn_options_fwd(*args: Any) -> tuple[Tensor, ...]:
-    """As :func:`fastseq.kernels.rnn.rnn_options_fwd`."""
-    return layer.rnn_options_fwd(*args, recurrence=run_forward)
-
-
-def rnn_options_bwd(*args: Any, overwrite: bool = False) -> tuple[Tensor, ...]:
-    """As :func:`fastseq.kernels.rnn.rnn_options_bwd`."""
-    return layer.rnn_options_bwd(*args, overwrite=overwrite, recurrence=run_backward)
-
-
-def rnn_options_bwd_(*args: Any) -> tuple[Tensor, ...]:
-    """:func:`rnn_options_bwd`, free to overwrite the slopes (the argument at place 12)."""
-    torch.autograd.graph.increment_version(args[12])
-    return rnn_options_bwd(*args, overwrite=True)

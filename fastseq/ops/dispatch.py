@@ -1,8 +1,8 @@
 """Which kernel serves an operation: PyTorch's dispatcher chooses by device, and this file among those of one device.
 
 The reference is registered for every device, the C++ kernels for CPU tensors, the Triton and CUDA C++ kernels for CUDA
-tensors. ``FASTSEQ_IMPL`` (one of :data:`IMPLEMENTATIONS`, read once per process) or :func:`use` forces one
-implementation for everything that follows; one that cannot serve raises. Nothing falls back silently: without the
+tensors. ``FASTSEQ_IMPL`` (one of :data:`IMPLEMENTATIONS` or :data:`GPU`, read once per process) or :func:`use` forces
+one implementation for everything that follows; one that cannot serve raises. Nothing falls back silently: without the
 extension the reference serves CPU tensors and ``python -m fastseq info`` says so. The kernels for CUDA tensors have not
 run on a GPU yet, so they serve only when forced; else a CUDA tensor is served by the reference with one warning.
 """
@@ -24,6 +24,10 @@ from torch import Tensor
 from fastseq import cpu, cuda
 
 IMPLEMENTATIONS = ("reference", "cpp", "triton", "cuda")
+#: Forced, it leaves the choice between the kernels for CUDA tensors to fastseq: those of CUDA C++ for the calls that
+#: :mod:`fastseq.cuda.choice` names, Triton's for the others.
+GPU = "gpu"
+FORCEABLE = (*IMPLEMENTATIONS, GPU)
 RECURRENCES = ("lstm", "rnn")
 OPS = (*RECURRENCES, "student_t_assignment", "target_distribution", "clustering_loss", "nearest_center")
 
@@ -58,18 +62,20 @@ SERVED = {
 
 _NAMES = {"cpp": "C++", "triton": "Triton", "cuda": "CUDA"}
 
-#: Where the launchers of each implementation for CUDA tensors are. Both run on CPU tensors too, for tests: Triton's in
-#: its interpreter, those of CUDA C++ in the emulator.
-_LAUNCHERS = {"triton": "fastseq.kernels", "cuda": "fastseq.cuda"}
-#: How they say which of their kernels takes a shape.
-_REGIMES = {"triton": "resident, persistent or step by shape", "cuda": "cluster or cell by shape"}
+#: What may be forced for CUDA tensors, and which kernels of it takes a shape. All run on CPU tensors too, for tests:
+#: Triton's in its interpreter, those of CUDA C++ in the emulator.
+_REGIMES = {
+    "triton": "resident, persistent or step by shape",
+    "cuda": "cluster or cell by shape",
+    GPU: "CUDA C++ where a cluster serves an LSTM, else Triton's resident, persistent or step by shape",
+}
 
 #: The library ``fastseq`` of ``torch.ops.fastseq``; every operation defines itself in it.
 library = torch.library.Library("fastseq", "DEF")
 
 _forced: str | None = os.environ.get("FASTSEQ_IMPL") or None
-if _forced is not None and _forced not in IMPLEMENTATIONS:
-    raise RuntimeError(f"FASTSEQ_IMPL: expected one of {', '.join(IMPLEMENTATIONS)}, got {_forced!r}")
+if _forced is not None and _forced not in FORCEABLE:
+    raise RuntimeError(f"FASTSEQ_IMPL: expected one of {', '.join(FORCEABLE)}, got {_forced!r}")
 
 
 def forced() -> str | None:
@@ -89,12 +95,14 @@ def why_not(implementation: str, device: str, op: str = "", options: Sequence[st
             return f"the C++ kernels serve CPU tensors only, not {device}"
         reason = cpu.why_unavailable()
         return reason if reason is not None or not options else _unserved(implementation, op, options)
-    if implementation in _LAUNCHERS:
+    if implementation == GPU:  # whatever CUDA C++ leaves, Triton has to serve
+        return why_not("triton", device, op, options)
+    if implementation in ("triton", "cuda"):
         reason = _why_not_triton(device) if implementation == "triton" else cuda.why_unavailable(device)
         if reason is None and op and (implementation, op) not in SERVED:
             return f"there are no {_NAMES[implementation]} kernels of {op} yet"
         return reason if reason is not None or not options else _unserved(implementation, op, options)
-    return f"expected one of {', '.join(IMPLEMENTATIONS)}, got {implementation!r}"
+    return f"expected one of {', '.join(FORCEABLE)}, got {implementation!r}"
 
 
 def _why_not_triton(device: str) -> str | None:
@@ -130,14 +138,14 @@ def serving(op: str, device: str = "cpu", options: Iterable[str] = ()) -> tuple[
         if option not in OPTIONS.get(op, ()):
             raise ValueError(f"options: expected some of {', '.join(OPTIONS.get(op, ()))}, got {option!r}")
     if _forced is not None:
-        note = "; not verified on a GPU yet" if _forced in _LAUNCHERS else ""
+        note = "; not verified on a GPU yet" if _forced in _REGIMES else ""
         regime = f"; {_REGIMES[_forced]}" if note and op in RECURRENCES else ""
         return _choose(device, op, options), "forced" + regime + note
     reason = why_not("cpp", device, op, options)
     if reason is None:
         return "cpp", f"C++ kernels, {cpu.isa()}"
     if device == "cuda":
-        there = [name for name in _LAUNCHERS if why_not(name, device, op) is None]
+        there = [name for name in ("triton", "cuda") if why_not(name, device, op) is None]
         if there:
             names = " and ".join(_NAMES[name] for name in there)
             how = " or ".join(f"FASTSEQ_IMPL={name}" for name in there)
@@ -195,8 +203,8 @@ def register_kernels(
     options_used: Callable[..., Sequence[str]] | None = None,
 ) -> None:
     """Registers the kernels of ``fastseq::name``: ``reference`` for every device, ``cpp`` beside it for the CPU, and
-    the launchers of the same name of Triton and CUDA C++, which are imported when first wanted. Where the
-    reference itself is the kernel for the CPU, it is for all.
+    the launcher of the same name for CUDA tensors, which is imported when it is first wanted. Where the reference
+    itself is the kernel for the CPU, it is for all.
 
     ``op`` is the operation it belongs to, and ``options_used`` tells from the arguments of a call which options of it
     are used.
@@ -207,20 +215,20 @@ def register_kernels(
 
     def for_cpu(*args: Any) -> Any:
         chosen = _choose("cpu", op)
-        if chosen in _LAUNCHERS:
+        if chosen in _REGIMES:
             return forced_launcher(chosen, *args)
         return cpp(*args) if chosen == "cpp" else reference(*args)
 
     def for_cpu_by_options(*args: Any) -> Any:
         assert options_used is not None
         chosen = _choose("cpu", op, options_used(*args))
-        if chosen in _LAUNCHERS:
+        if chosen in _REGIMES:
             return forced_launcher(chosen, *args)
         return cpp(*args) if chosen == "cpp" else reference(*args)
 
     def for_cuda(*args: Any) -> Any:
         chosen = _choose("cuda", op, () if options_used is None else options_used(*args))
-        return forced_launcher(chosen, *args) if chosen in _LAUNCHERS else for_others(*args)
+        return forced_launcher(chosen, *args) if chosen in _REGIMES else for_others(*args)
 
     def for_others(*args: Any) -> Any:
         device = next(arg for arg in args if isinstance(arg, Tensor)).device.type
@@ -235,7 +243,15 @@ def register_kernels(
 
 @functools.cache
 def _launcher(implementation: str, name: str) -> Callable[..., Any]:
-    """``lstm_fwd`` of :mod:`fastseq.kernels.lstm` or :mod:`fastseq.cuda.lstm`, and so on."""
+    """``lstm_fwd`` of :mod:`fastseq.kernels.lstm`, and so on, with what walks through time by another implementation
+    than Triton."""
     stem = name.removesuffix("_").removesuffix("_fwd").removesuffix("_bwd").removesuffix("_options")
-    launcher: Callable[..., Any] = getattr(importlib.import_module(f"{_LAUNCHERS[implementation]}.{stem}"), name)
-    return launcher
+    launcher: Callable[..., Any] = getattr(importlib.import_module(f"fastseq.kernels.{stem}"), name)
+    if implementation == "cuda":
+        recurrences = f"fastseq.cuda.{stem}"
+    elif implementation == GPU and stem == "lstm":
+        recurrences = "fastseq.cuda.choice"
+    else:
+        return launcher
+    walk = "run_backward" if "_bwd" in name else "run_forward"
+    return functools.partial(launcher, recurrence=getattr(importlib.import_module(recurrences), walk))
