@@ -1,17 +1,25 @@
-"""Builds fastseq._cpu: one object per instruction set from the same sources, linked into one extension.
+"""Builds fastseq._cpu: one object per instruction set from the same sources, linked into one extension; and, where it
+is wanted, fastseq._cuda by nvcc.
 
 The metadata is in pyproject.toml. Environment: ``CXX`` names the compiler, ``FASTSEQ_WERROR=1`` makes warnings errors.
+``FASTSEQ_CUDA=1`` builds fastseq._cuda or fails, ``0`` does not; without it, or with ``auto``, it is built where there
+are nvcc and a GPU.
 """
 
 import os
 import platform
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from pybind11.setup_helpers import Pybind11Extension
 from setuptools import setup
 from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT / "csrc"))
+import cuda_build  # noqa: E402
 
 COMMON = [
     "csrc/bindings_cpu.cpp",
@@ -44,10 +52,14 @@ OPTIONAL = {
 
 
 class BuildExtension(build_ext):
-    """Compiles csrc/cpu/isa/*.cpp, each with its own flags, and links the objects with the rest."""
+    """Compiles csrc/cpu/isa/*.cpp, each with its own flags, and links the objects with the rest; csrc/cuda by nvcc."""
 
     def build_extension(self, ext: Pybind11Extension) -> None:
         """Build one extension."""
+        if ext.name == "fastseq._cuda":
+            folder, module = Path(self.build_temp) / "cuda", Path(self.get_ext_fullpath(ext.name))
+            cuda_build.build_extension(nvcc, folder, module, werror=bool(werror))
+            return
         machine = {"AMD64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())
         if machine not in INSTRUCTION_SETS:
             raise SystemExit(f"fastseq has CPU kernels for {', '.join(INSTRUCTION_SETS)}, not for {machine}")
@@ -80,6 +92,8 @@ class BuildExtension(build_ext):
 
 headers = sorted(str(path) for path in Path("csrc").rglob("*.h"))
 werror = ["-Werror"] if os.environ.get("FASTSEQ_WERROR") == "1" else []
+nvcc = cuda_build.wanted_nvcc(os.environ.get("FASTSEQ_CUDA", "auto"))
+cuda_sources = [str(path.relative_to(ROOT)) for path in cuda_build.HOST_SOURCES]
 setup(
     ext_modules=[
         Pybind11Extension(
@@ -90,7 +104,8 @@ setup(
             cxx_std=17,
             extra_compile_args=[*FLAGS, *werror],
             extra_link_args=["-fopenmp", "-Wl,-Bsymbolic"],
-        )
+        ),
+        *([] if nvcc is None else [Pybind11Extension("fastseq._cuda", cuda_sources)]),
     ],
     cmdclass={"build_ext": BuildExtension},
 )
