@@ -9,14 +9,17 @@ means anything.
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
+import itertools
 import json
 import os
+import shutil
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -59,6 +62,8 @@ class Run:
             "clustering": [],
             "floors": [],
             "variants": [],
+            "cuda": [],
+            "sanitizer": {},
             "peers": [],
             "problems": [],
         }
@@ -125,9 +130,12 @@ class Run:
 
 
 def build(run: Run) -> None:
-    """The package, editable, from what is installed here: nothing is fetched."""
+    """The package, editable, from what is installed here: nothing is fetched. The CUDA kernels where there is nvcc."""
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-build-isolation"]
-    run.child("build", [*pip, "--no-deps", "--editable", str(ROOT)], 200)
+    command = [*pip, "--no-deps", "--editable", str(ROOT)]
+    status = run.child("build", command, 250, {"FASTSEQ_CUDA": "auto"})
+    if status != 0:  # with what CUDA C++ needs missing, the rest can still be measured
+        run.child("build without CUDA C++", command, 200, {"FASTSEQ_CUDA": "0"})
 
 
 def tests(run: Run) -> None:
@@ -153,8 +161,61 @@ def tests(run: Run) -> None:
         run.results["tests"] = "FAILED: see the deadlock watch"
     if run.results["tests"] not in ("passed", *(["none ran"] if run.dry else [])):
         run.problem(f"tests: {run.results['tests']}")
-    run.log(f"tests: {run.results['tests']}")
+    from fastseq import cuda
+
+    reason = cuda.why_unavailable("cuda")
+    if reason is None:
+        run.results["cuda_tests"] = marked_tests(run, "tests of CUDA C++", ["tests/test_gpu_cuda.py"], 120)
+    else:
+        run.results["cuda_tests"] = f"not run: {reason}"
+    run.log(f"tests: {run.results['tests']}; of CUDA C++: {run.results['cuda_tests']}")
     run.save()
+
+
+def marked_tests(run: Run, name: str, files: list[str], seconds: float) -> str:
+    """How the tests marked ``gpu`` in some files went."""
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "--durations=5", "-p", "no:cacheprovider", *files]
+    status = run.child(name, command, seconds)
+    if status == 5 and run.dry:  # pytest's word for "nothing selected": there is no GPU
+        run.results["problems"].pop()
+    return {0: "passed", None: "did not end", 5: "none ran"}.get(status, "FAILED")
+
+
+def sanitized(run: Run) -> None:
+    """Every CUDA kernel once under compute-sanitizer, which finds bad accesses and races in shared memory."""
+    from fastseq import cuda
+
+    reason = cuda.why_unavailable("cuda")
+    tool = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
+    if reason is not None or tool is None:
+        run.log(f"no compute-sanitizer run: {reason or 'it is not installed'}")
+        return
+    for check in ("memcheck", "racecheck"):
+        command = [tool, "--tool", check, "--error-exitcode", "3", sys.executable, "-m", "benchmarks.cuda_sanitized"]
+        status = run.child(f"compute-sanitizer {check}", command, 90)
+        run.results["sanitizer"][check] = {0: "clean", 3: "ERRORS", None: "did not end"}.get(status, "FAILED")
+
+
+def measure_cuda(run: Run, device: Any, cases: list[Any]) -> None:
+    """Adds the figures of the CUDA C++ kernels, while there is time."""
+    from benchmarks import gpu_cuda
+    from fastseq import cuda
+
+    reason = cuda.why_unavailable(device.type)
+    if reason is not None:
+        run.log(f"no figures of the CUDA kernels: {reason}")
+        return
+
+    def medians(calls: Mapping[str, Callable[[], object]]) -> dict[str, float]:
+        return {name: spread(samples)["median"] for name, samples in interleaved(run, dict(calls)).items()}
+
+    barriers = gpu_cuda.barriers(device, functools.partial(median_seconds, run))
+    for name, value, unit in itertools.chain(barriers, gpu_cuda.layers(device, cases, medians)):
+        run.results["cuda"].append({"name": name, "value": value, "unit": unit})
+        run.log(f"{name}: {value:.3g} {unit}")
+        run.save()
+        if run.left() < 30:
+            return
 
 
 def seconds_of(run: Run, call: Callable[[], object]) -> float:
@@ -258,6 +319,7 @@ def benchmarks(run: Run) -> None:
                     guarded(run, f"{case.name} {kind}", make(case, kind))
         if kinds[0] == "float16":
             guarded(run, "floors", lambda: measure_floors(run, device))
+            guarded(run, "CUDA C++", lambda: measure_cuda(run, device, cases), 40)
             measure_clustering(run, device, implementation)
             guarded(run, "variants", lambda: measure_variants(run, cases, device, implementation), 60)
     assert set(KINDS) == {"float16", "bfloat16", "float32", "tf32"}
@@ -408,9 +470,11 @@ def main() -> int:
     run.save()
     tests(run)
     ahead.end(60, run.log_file)
+    if not run.dry:
+        guarded(run, "compute-sanitizer", lambda: sanitized(run), 60)
     benchmarks(run)
     run.watcher.cancel()
-    run.results["state"] = f"Tests: {run.results['tests']}"
+    run.results["state"] = f"Tests: {run.results['tests']}; of CUDA C++: {run.results.get('cuda_tests', 'not run')}"
     run.save()
     run.plot()
     run.log("done")

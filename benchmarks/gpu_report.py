@@ -30,10 +30,16 @@ def markdown(results: dict[str, Any]) -> str:
             f"| {'; '.join(f'{name}: {plan}' for name, plan in row['plans'].items())} |"
         )
     lines += clustering(results["clustering"])
-    for title, rows in (("Floors", results["floors"]), ("Variants", results["variants"]), ("Peers", results["peers"])):
+    sections = {"CUDA C++": "cuda", "Floors": "floors", "Variants": "variants", "Peers": "peers"}
+    for title, rows in ((title, results[key]) for title, key in sections.items()):
         if rows:
             lines += ["", f"## {title}", "", "| | |", "|---|---:|"]
             lines += [f"| {row['name']} | {row['value']:.3g} {row['unit']} |" for row in rows]
+    if results["sanitizer"]:
+        lines += [
+            "",
+            "compute-sanitizer: " + ", ".join(f"{check} {how}" for check, how in results["sanitizer"].items()),
+        ]
     if results["problems"]:
         lines += ["", "## Problems", "", *(f"- {problem}" for problem in results["problems"])]
     return "\n".join(lines) + "\n"

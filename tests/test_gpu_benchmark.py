@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import share_of
+from cuda_support import COMPILER
 
 pytest.importorskip("triton", reason="triton is not installed (it is optional)")
 
@@ -22,6 +23,7 @@ from benchmarks import gpu_processes
 from benchmarks.gpu_cases import CASES, KINDS, Case, Pair, reference_of
 
 ROOT = Path(__file__).resolve().parents[1]
+needs_emulator = pytest.mark.skipif(COMPILER is None, reason="needs g++")
 
 
 def test_dry_run(tmp_path: Path) -> None:
@@ -149,3 +151,46 @@ def test_shapes_dtypes_and_variants_are_those_of_the_comparison() -> None:
         ("rnn", 1000, 4, 1792, 1792, 1, False, ""),
     }
     assert {*KINDS.values()} == {torch.float16, torch.bfloat16, torch.float32}
+
+
+def by_emulator(code: str, *arguments: str) -> None:
+    """Runs code in a process of its own, CUDA C++ in its emulator and Triton in its interpreter."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+
+
+MEASURED = """
+import sys
+from pathlib import Path
+import torch
+from cuda_support import emulated
+from benchmarks import gpu
+from benchmarks.gpu_cases import CASES, tiny
+run = gpu.Run(Path(sys.argv[1]), 300, dry=True)
+run.results["environment"] = {}
+with emulated():
+    gpu.measure_cuda(run, torch.device("cpu"), [tiny(CASES[0]), CASES[-1]])
+run.save()
+"""
+
+
+@needs_emulator
+def test_cuda_kernels_are_measured_beside_their_floor(tmp_path: Path) -> None:
+    by_emulator(MEASURED, str(tmp_path))
+    rows = json.loads((tmp_path / "gpu.json").read_text())["cuda"]
+    assert [row["name"] for row in rows[:2]] == [f"barrier of a cluster of {blocks} blocks" for blocks in (8, 16)]
+    assert [row["name"].split(", ")[-2:] for row in rows if "CUDA C++" in row["name"]] == [["CUDA C++", "cluster"]] * 4
+    assert sum("cuDNN" in row["name"] for row in rows) == sum("Triton" in row["name"] for row in rows) == 4
+    assert all(row["value"] > 0 for row in rows)
+    assert "## CUDA C++" in (tmp_path / "gpu.md").read_text()
+
+
+@needs_emulator
+@pytest.mark.full
+def test_what_the_sanitizer_watches_runs() -> None:
+    by_emulator(
+        "from cuda_support import emulated\nfrom benchmarks import cuda_sanitized\n"
+        "with emulated(): cuda_sanitized.main('cpu')"
+    )

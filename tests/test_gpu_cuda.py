@@ -1,0 +1,140 @@
+"""The CUDA C++ kernels on a GPU, by the one tolerance rule. ``make gpu`` runs these where there is one."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from recurrence_cases import Case, draws_of, inputs_of
+from torch import Tensor
+
+from fastseq import cuda
+from fastseq import functional as F
+from fastseq.cuda import extension, plan
+from fastseq.testing import assert_matches_reference, use_implementation
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(cuda.why_unavailable("cuda") is not None, reason=str(cuda.why_unavailable("cuda"))),
+]
+HALVES = [torch.float16, torch.bfloat16]
+BUILDS = range(6)
+HANG_SECONDS = 60
+HANGS = """
+import torch
+from fastseq import functional as F
+from fastseq.cuda import plan
+from fastseq.testing import use_implementation
+with use_implementation("cuda"):
+    for T, B, H in ((3000, 16, 512), (500, 200, 256), (1000, 16, 768)):
+        make = lambda *shape: (torch.rand(shape, device="cuda") / 8).half().requires_grad_()
+        args = make(T, B, 32), make(B, H), make(B, H), make(4 * H, 32), make(4 * H, H)
+        y = F.lstm(*args)[0]
+        torch.autograd.grad(y.sum(), args)
+torch.cuda.synchronize()
+"""
+
+
+def has_clusters() -> bool:
+    return bool(extension.extension().device_facts(torch.cuda.current_device())[0] >= 9)
+
+
+def on_gpu(inputs: dict[str, Any]) -> dict[str, Any]:
+    return {name: value.cuda() if isinstance(value, Tensor) else value for name, value in inputs.items()}
+
+
+def draws(op: str, case: Case, dtype: torch.dtype) -> list[dict[str, Any]]:
+    return [on_gpu(draw) for draw in draws_of(case, 4 if op == "lstm" else 1, dtype)]
+
+
+def test_nothing_hangs() -> None:
+    """First, since a hang would take everything after it along."""
+    child = [sys.executable, "-c", HANGS]
+    try:
+        done = subprocess.run(
+            child, timeout=HANG_SECONDS, check=False, capture_output=True, text=True, env={**os.environ}
+        )
+    except subprocess.TimeoutExpired:
+        pytest.exit(f"a cluster kernel did not come back within {HANG_SECONDS} s: a deadlock", returncode=3)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("build", BUILDS)
+def test_every_build_of_the_cluster(build: int, dtype: torch.dtype, seed: int) -> None:
+    if not has_clusters():
+        pytest.skip("this GPU has no thread-block clusters")
+    for case in (Case(9, 35, 5, 40, time="lengths+reset"), Case(12, 33, 7, 63, reverse=True), Case(20, 200, 3, 96)):
+        with plan.override(regime="cluster", build=build):
+            assert_matches_reference("lstm", draws("lstm", case, dtype), implementation="cuda", seed=seed)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("H", [256, 512, 640, 650, 768])
+def test_sizes(H: int, dtype: torch.dtype, seed: int) -> None:
+    case = Case(60, 20, 16, H, time="reset" if H == 650 else "")
+    assert_matches_reference("lstm", draws("lstm", case, dtype), implementation="cuda", seed=seed)
+
+
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+@pytest.mark.parametrize("op", ["lstm", "rnn"])
+def test_cells(op: str, dtype: torch.dtype, seed: int) -> None:
+    for case in (Case(9, 35, 5, 40, time="lengths+reset"), Case(12, 33, 7, 63, reverse=True), Case(1, 1, 1, 1)):
+        with plan.override(regime="cell"):
+            assert_matches_reference(op, draws(op, case, dtype), implementation="cuda", seed=seed)
+
+
+def test_random_shapes(seed: int) -> None:
+    draw = random.Random(seed)
+    for _ in range(60):
+        time = draw.choice(["", "lengths+reset"])
+        H = draw.choice([draw.randint(1, 140), draw.randint(141, 768)])
+        case = Case(
+            draw.randint(1, 24), draw.randint(1, 90), draw.randint(1, 40), H, reverse=draw.random() < 0.5, time=time
+        )
+        dtype = draw.choice(HALVES)
+        try:
+            assert_matches_reference("lstm", draws("lstm", case, dtype), implementation="cuda", seed=seed)
+        except AssertionError as error:
+            raise AssertionError(f"{case} {dtype}: {error}") from None
+
+
+def gradients_of(inputs: dict[str, Any]) -> list[Tensor]:
+    """y and all gradients."""
+    leaves = {
+        name: value.detach().clone().requires_grad_()
+        if isinstance(value, Tensor) and value.is_floating_point()
+        else value
+        for name, value in inputs.items()
+    }
+    with use_implementation("cuda"):
+        y = F.lstm(**leaves)[0]
+        wanted = [leaf for leaf in leaves.values() if isinstance(leaf, Tensor) and leaf.requires_grad]
+        return [y.detach(), *torch.autograd.grad(y, wanted, torch.ones_like(y))]
+
+
+def test_same_bits_on_every_run_and_on_a_second_stream(seed: int) -> None:
+    inputs = on_gpu(inputs_of(Case(300, 48, 32, 512), 4, torch.float16))
+    first = gradients_of(inputs)
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    for _ in range(4):
+        with torch.cuda.stream(stream):
+            other = gradients_of(inputs)
+        here = gradients_of(inputs)
+        torch.cuda.synchronize()
+        for found in (other, here):
+            assert all(torch.equal(a, b) for a, b in zip(first, found, strict=True))
+
+
+def test_an_error_names_its_call() -> None:
+    with pytest.raises(RuntimeError, match="cudaDeviceGetAttribute: cudaErrorInvalidDevice"):
+        extension.extension().device_facts(1000)
