@@ -20,7 +20,7 @@ BIN := $(VENV)/bin
 PY := $(BIN)/python
 STAMPS := $(VENV)/stamps
 SOURCES := pyproject.toml $(wildcard setup.py MANIFEST.in) $(shell find csrc -type f 2>/dev/null)
-CXX_SOURCES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.hpp' -o -name '*.inc')
+CXX_SOURCES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.hpp' -o -name '*.inc')
 
 # The C++ self-test: the kernels without Python, for machines and instruction sets that the tests do not reach.
 SELFTEST := build/selftest
@@ -62,7 +62,7 @@ bench-plot: $(STAMPS)/bench  ## pictures of the stored figures: speed.png and sp
 	$(PY) -m fastseq bench --results benchmarks/results/cpu.json --plot speed.png $(ARGS)
 
 # With the python that has torch and CUDA, not with .venv: the build is editable, and nothing is fetched.
-gpu:  ## on a machine with a GPU: build, test and measure the Triton kernels (9 minutes; PYTHON=, OUT=folder)
+gpu:  ## on a machine with a GPU: build, test and measure the kernels for GPUs (9 minutes; PYTHON=, OUT=folder)
 	$(PYTHON) -m benchmarks.gpu --out $(OUT) $(ARGS)
 
 selftest:  ## the C++ kernels against plain loops, without Python (x86-64)

@@ -24,12 +24,17 @@ import cuda_build  # noqa: E402
 from benchmarks.markdown import table  # noqa: E402
 
 # A kernel's name as the compiler has it: length and name, the number type, and constants.
-_NAME = re.compile(r"\d(lstm_cluster_\w+?|lstm_cell_\w+?|rnn_cell_\w+?)INS0_\d+(Bfloat16|Float16|Float32)E(.*?)EEv")
+_NAME = re.compile(
+    r"\d(lstm_cluster_\w+?|lstm_grid_\w+?|lstm_cell_\w+?|rnn_cell_\w+?)INS0_\d+(Bfloat16|Float16|Float32)E(.*?)EEv"
+)
 _CONSTANT = re.compile(r"L(?:i|b|NS0_12NonlinearityE)(\d+)E")
 HIDDEN = (128, 256, 512, 640, 768)
+GRID_HIDDEN = (1024, 2048)
+GRID_BATCH = 16
 LIMIT = 227 * 1024
 _MEANING = {
     "lstm_cluster": ("blocks", "threads", "register tiles", "batch tiles", "flags"),
+    "lstm_grid": ("groups", "flags"),
     "lstm_cell": ("numbers a thread",),
     "rnn_cell": ("numbers a thread", "nonlinearity"),
 }
@@ -119,7 +124,7 @@ def _report(found: Sequence[Kernel], version: str) -> str:
     )
     made = table(["kernel", "dtype", "compiled for", *cuda_build.TARGETS], rows, 3)
     middle = (
-        "\nKiB of shared memory of a block of a cluster, by hidden size; a block of sm_90 and sm_100 may have "
+        "\nKiB of shared memory of a block, by hidden size; a block of sm_90 and sm_100 may have "
         f"{LIMIT // 1024}, and what\nis larger is not chosen.\n\n"
     )
     return head + "\n".join([*made, middle + "\n".join(_shared_memory())]) + "\n"
@@ -139,8 +144,15 @@ def _shared_memory() -> list[str]:
         for build, (blocks, threads, rows_of_batch, forward) in passes[0].items():
             backward = passes[1][build][-1]
             kib = [f"{size / 1024:.0f}" + ("" if size <= LIMIT else " (too large)") for size in (forward, backward)]
-            rows.append([str(hidden), f"{blocks} blocks of {threads} threads, {rows_of_batch} sequences", *kib])
-    return table(["H", "cluster", "forward", "backward"], rows, 2)
+            rows.append(
+                [str(hidden), f"cluster, {blocks} blocks of {threads} threads, {rows_of_batch} sequences", *kib]
+            )
+    for hidden in GRID_HIDDEN:
+        ways = [module.grid_builds(GRID_BATCH, hidden, way) for way in (False, True)]
+        for (groups, blocks, forward), (_, _, backward) in zip(*ways, strict=True):
+            kib = [f"{size / 1024:.0f}" + ("" if size <= LIMIT else " (too large)") for size in (forward, backward)]
+            rows.append([str(hidden), f"grid, {blocks} blocks of {8 * groups} units, {GRID_BATCH} sequences", *kib])
+    return table(["H", "regime", "forward", "backward"], rows, 2)
 
 
 def _cell(kernel: Kernel | None) -> str:

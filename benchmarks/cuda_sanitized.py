@@ -25,11 +25,15 @@ def run(device: str, op: str, dtype: torch.dtype, steps: int, batch: int, hidden
 
 
 def main(device: str = "cuda") -> None:
-    """All builds of the cluster kernels, and the cells. In a test the device is the CPU, by the emulator."""
+    """All builds of the cluster and of the grid, and the cells. In a test the device is the CPU, by the emulator."""
     with use_implementation("cuda"):
         for build, *_ in extension().cluster_builds(72, False):
             for flags in (False, True):
                 with plan.override(regime="cluster", build=build):
+                    run(device, "lstm", torch.float16, 6, 19, 72, flags)
+        for groups, *_ in extension().grid_builds(19, 72, False):
+            for flags in (False, True):
+                with plan.override(regime="grid", build=groups):
                     run(device, "lstm", torch.float16, 6, 19, 72, flags)
         with plan.override(regime="cell"):
             for op in ("lstm", "rnn"):

@@ -120,6 +120,62 @@ void lstm_cluster_backward(int dtype, int build, int clusters, const std::array<
   launch_cluster_backward(dtype_of(dtype), choice, clusters, p, stream);
 }
 
+// What the grid-wide kernels offer for a layer in a pass, as (groups of a block, blocks, bytes of shared memory).
+std::vector<std::array<std::int64_t, 3>> grid_builds(std::int64_t batch, std::int64_t hidden, bool backward) {
+  const Sizes size = sizes_of({1, batch, hidden});
+  std::vector<std::array<std::int64_t, 3>> found;
+  for (int groups = 1; groups <= kMaxGroups; ++groups) {
+    const GridChoice choice{groups, size.B, size.H};
+    found.push_back({groups, choice.blocks(), static_cast<std::int64_t>(choice.shared_bytes(backward))});
+  }
+  return found;
+}
+
+int resident_blocks(int dtype, bool backward, bool flags, int groups, std::int64_t batch, std::int64_t hidden) {
+  const Sizes size = sizes_of({1, batch, hidden});
+  return resident_grid_blocks(dtype_of(dtype), backward, flags, {groups, size.B, size.H});
+}
+
+void lstm_grid_forward(int dtype, int groups, const std::array<std::int64_t, 3>& sizes, bool reverse, bool save,
+                       Address gates, std::int64_t gates_stride, Address w_hh, Address b_ih, Address b_hh,
+                       Address h_state, Address c_state, Address y, Address c_tape, Address flags, Address exchange,
+                       Address signals, Address stream) {
+  require(gates && w_hh && h_state && c_state && y && exchange && signals && (c_tape || !save),
+          "gates, w_hh, h_state, c_state, y, exchange, signals, and with a tape c_tape");
+  GridForward p{};
+  p.size = sizes_of(sizes);
+  check_tape(p.size, gates_stride);
+  check_aligned(exchange, "exchange");
+  p.reverse = reverse, p.save = save, p.gates_stride = gates_stride;
+  p.gates = pointer<float>(gates), p.w_hh = pointer(w_hh), p.b_ih = pointer(b_ih), p.b_hh = pointer(b_hh);
+  p.h_state = pointer(h_state), p.c_state = pointer<float>(c_state), p.y = pointer(y);
+  p.c_tape = pointer<float>(c_tape), p.flags = pointer<const std::uint8_t>(flags);
+  p.exchange = pointer(exchange), p.signals = pointer<std::uint32_t>(signals);
+  const py::gil_scoped_release release;
+  launch_grid_forward(dtype_of(dtype), {groups, p.size.B, p.size.H}, p, stream);
+}
+
+void lstm_grid_backward(int dtype, int groups, const std::array<std::int64_t, 3>& sizes, bool reverse, Address grad_y,
+                        Address w_hh, Address gates, std::int64_t gates_stride, Address c_tape, Address c0,
+                        Address dgates, std::int64_t dgates_stride, Address dh_state, Address dc_state, Address flags,
+                        Address signals, Address stream) {
+  require(w_hh && gates && c_tape && c0 && dgates && dh_state && dc_state && signals,
+          "w_hh, gates, c_tape, c0, dgates, dh_state, dc_state, signals");
+  GridBackward p{};
+  p.size = sizes_of(sizes);
+  check_tape(p.size, gates_stride);
+  check_aligned(dgates, "dgates");
+  if (dgates_stride < std::int64_t{kGates} * p.size.H || dgates_stride % 8)
+    throw std::invalid_argument("rows of dgates must be a multiple of 8 numbers apart, and no less than they hold");
+  p.reverse = reverse, p.gates_stride = gates_stride, p.dgates_stride = dgates_stride;
+  p.grad_y = pointer(grad_y), p.w_hh = pointer(w_hh), p.gates = pointer<const float>(gates);
+  p.c_tape = pointer<const float>(c_tape), p.c0 = pointer(c0), p.dgates = pointer(dgates);
+  p.dh_state = pointer<float>(dh_state), p.dc_state = pointer<float>(dc_state);
+  p.flags = pointer<const std::uint8_t>(flags), p.signals = pointer<std::uint32_t>(signals);
+  const py::gil_scoped_release release;
+  launch_grid_backward(dtype_of(dtype), {groups, p.size.B, p.size.H}, p, stream);
+}
+
 void cluster_barriers(int blocks, int clusters, int threads, std::int64_t steps, Address stream) {
   if ((blocks != 8 && blocks != 16) || clusters < 1 || threads < kLanes || threads > 1024 || threads % kLanes ||
       steps < 0)
@@ -225,6 +281,10 @@ PYBIND11_MODULE(FASTSEQ_CUDA_MODULE, m) {
   m.def("resident_clusters", &resident_clusters);
   m.def("lstm_cluster_forward", &lstm_cluster_forward);
   m.def("lstm_cluster_backward", &lstm_cluster_backward);
+  m.def("grid_builds", &grid_builds);
+  m.def("resident_blocks", &resident_blocks);
+  m.def("lstm_grid_forward", &lstm_grid_forward);
+  m.def("lstm_grid_backward", &lstm_grid_backward);
   m.def("cluster_barriers", &cluster_barriers);
   m.def("lstm_cell_forward", &lstm_cell_forward);
   m.def("lstm_cell_backward", &lstm_cell_backward);

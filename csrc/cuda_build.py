@@ -6,6 +6,7 @@ Standard library and pybind11 only, since setup.py imports it under build isolat
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import shutil
@@ -115,13 +116,14 @@ def build_emulator(folder: Path) -> Path:
         digest.update(path.read_bytes())
     folder = folder / digest.hexdigest()[:16]
     module = folder / f"{EMULATOR}{sysconfig.get_config_var('EXT_SUFFIX')}"
-    if module.exists():
-        return module
     folder.mkdir(parents=True, exist_ok=True)
-    objects = [folder / emulator_object(source) for source in sources]
-    flags = [*EMULATOR_FLAGS, "-Werror"]
-    run_all([host_command(s, o, EMULATOR, flags) for s, o in zip(sources, objects, strict=True)], 2)
-    link_emulator(objects, module)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # tests run in several processes, and one of them builds
+        if not module.exists():
+            objects = [folder / emulator_object(source) for source in sources]
+            flags = [*EMULATOR_FLAGS, "-Werror"]
+            run_all([host_command(s, o, EMULATOR, flags) for s, o in zip(sources, objects, strict=True)], 2)
+            link_emulator(objects, module)
     return module
 
 
@@ -132,6 +134,6 @@ def emulator_object(source: Path) -> str:
 
 def link_emulator(objects: Sequence[Path], module: Path) -> None:
     """The emulator of its objects."""
-    unfinished = module.with_name(f"unfinished-{os.getpid()}")
+    unfinished = module.with_name("unfinished")
     run_all([[os.environ.get("CXX", "g++"), "-shared", "-o", str(unfinished), *map(str, objects)]], 1)
-    unfinished.rename(module)  # at once, so that nobody loads half of it
+    unfinished.rename(module)  # one that is there is whole, even where a build was cut off

@@ -19,6 +19,7 @@ JOBS = [(source, target) for source, targets in cuda_build.CUDA_SOURCES.items() 
 QUICK = {
     ("lstm_cluster_forward_bfloat16.cu", "sm_90a"),
     ("lstm_cluster_backward_bfloat16.cu", "sm_90a"),
+    ("lstm_grid_bfloat16.cu", "sm_80"),
     ("cells_launch.cu", "sm_80"),
     ("facts.cu", "sm_100a"),
 }
@@ -75,3 +76,5 @@ def test_the_committed_table_has_every_kernel() -> None:
     for dtype in ("bfloat16", "float16"):
         for name in ("lstm_cluster_forward", "lstm_cluster_backward"):
             assert text.count(f"| {name} | {dtype} |") == 12
+        for name in ("lstm_grid_forward", "lstm_grid_backward"):
+            assert text.count(f"| {name} | {dtype} |") == 4

@@ -31,7 +31,7 @@ from fastseq import functional as F
 from fastseq.cuda import plan
 from fastseq.testing import use_implementation
 with use_implementation("cuda"):
-    for T, B, H in ((3000, 16, 512), (500, 200, 256), (1000, 16, 768)):
+    for T, B, H in ((3000, 16, 512), (500, 200, 256), (1000, 16, 768), (1000, 32, 1024)):
         make = lambda *shape: (torch.rand(shape, device="cuda") / 8).half().requires_grad_()
         args = make(T, B, 32), make(B, H), make(B, H), make(4 * H, 32), make(4 * H, H)
         y = F.lstm(*args)[0]
@@ -60,7 +60,7 @@ def test_nothing_hangs() -> None:
             child, timeout=HANG_SECONDS, check=False, capture_output=True, text=True, env={**os.environ}
         )
     except subprocess.TimeoutExpired:
-        pytest.exit(f"a cluster kernel did not come back within {HANG_SECONDS} s: a deadlock", returncode=3)
+        pytest.exit(f"a kernel did not come back within {HANG_SECONDS} s: a deadlock", returncode=3)
     assert done.returncode == 0, done.stderr[-4000:]
 
 
@@ -75,8 +75,17 @@ def test_every_build_of_the_cluster(build: int, dtype: torch.dtype, seed: int) -
             assert_matches_reference("lstm", draws("lstm", case, dtype), implementation="cuda", seed=seed)
 
 
+@pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-@pytest.mark.parametrize("H", [256, 512, 640, 650, 768])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_the_grid(groups: int, dtype: torch.dtype, seed: int) -> None:
+    for case in (Case(9, 35, 5, 40, time="lengths+reset"), Case(12, 33, 7, 63, reverse=True), Case(20, 70, 3, 300)):
+        with plan.override(regime="grid", build=groups):
+            assert_matches_reference("lstm", draws("lstm", case, dtype), implementation="cuda", seed=seed)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("H", [256, 512, 640, 650, 768, 1024, 1500])
 def test_sizes(H: int, dtype: torch.dtype, seed: int) -> None:
     case = Case(60, 20, 16, H, time="reset" if H == 650 else "")
     assert_matches_reference("lstm", draws("lstm", case, dtype), implementation="cuda", seed=seed)

@@ -13,6 +13,7 @@ struct Grid {
   int blocks;   // a multiple of it
   int threads;
   std::size_t shared_bytes;
+  bool cooperative = false;  // all blocks are on the device at once, so that they may wait for each other
 };
 
 }  // namespace fastseq::cuda

@@ -30,6 +30,12 @@ struct Configuration {
       attribute.id = cudaLaunchAttributeClusterDimension;
       attribute.val.clusterDim.x = static_cast<unsigned>(grid.cluster);
       attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    }
+    if (grid.cooperative) {
+      attribute.id = cudaLaunchAttributeCooperative;
+      attribute.val.cooperative = 1;
+    }
+    if (grid.cluster > 1 || grid.cooperative) {
       config.attrs = &attribute;
       config.numAttrs = 1;
     }
@@ -55,6 +61,18 @@ int resident_clusters(void (*kernel)(Params), const Grid& grid) {
   int clusters = 0;
   FASTSEQ_CHECKED(cudaOccupancyMaxActiveClusters, &clusters, function, &made.config);
   return clusters;
+}
+
+// How many blocks of a cooperative launch can be on the current device at once.
+template <typename Params>
+int resident_blocks(void (*kernel)(Params), const Grid& grid) {
+  const void* function = reinterpret_cast<const void*>(kernel);
+  allow(function, grid);
+  int device = 0, processors = 0, each = 0;
+  FASTSEQ_CHECKED(cudaGetDevice, &device);
+  FASTSEQ_CHECKED(cudaDeviceGetAttribute, &processors, cudaDevAttrMultiProcessorCount, device);
+  FASTSEQ_CHECKED(cudaOccupancyMaxActiveBlocksPerMultiprocessor, &each, function, grid.threads, grid.shared_bytes);
+  return each * processors;
 }
 
 template <typename Params>

@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "cuda/grid_layout.h"
 #include "cuda/layout.h"
 #include "cuda/params.h"
 
@@ -22,15 +23,30 @@ struct ClusterChoice {
   ClusterShape shape(bool backward) const;
 };
 
+// A kernel of the grid-wide LSTM, and for which layer it is asked.
+struct GridChoice {
+  int groups;  // of 8 units in a block
+  int batch, hidden;
+
+  int blocks() const;
+  std::size_t shared_bytes(bool backward) const;
+};
+
 // How many clusters of the kernel can be on the current device at once.
 int resident_forward_clusters(Dtype dtype, bool flags, const ClusterChoice& choice);
 int resident_backward_clusters(Dtype dtype, bool flags, const ClusterChoice& choice);
+
+// How many blocks of the kernel can be.
+int resident_grid_blocks(Dtype dtype, bool backward, bool flags, const GridChoice& choice);
 
 // `clusters` share the tiles of the batch; the stream is a cudaStream_t.
 void launch_cluster_forward(Dtype dtype, const ClusterChoice& choice, int clusters, const ClusterForward& p,
                             std::uintptr_t stream);
 void launch_cluster_backward(Dtype dtype, const ClusterChoice& choice, int clusters, const ClusterBackward& p,
                              std::uintptr_t stream);
+
+void launch_grid_forward(Dtype dtype, const GridChoice& choice, const GridForward& p, std::uintptr_t stream);
+void launch_grid_backward(Dtype dtype, const GridChoice& choice, const GridBackward& p, std::uintptr_t stream);
 
 // `steps` barriers of `clusters` clusters of `blocks` blocks and nothing else: what a step cannot go below.
 void launch_cluster_barriers(int blocks, int clusters, int threads, std::int64_t steps, std::uintptr_t stream);

@@ -179,18 +179,16 @@ lstm_cluster_forward(const FASTSEQ_PARAMETER ClusterForward p) {
       FASTSEQ_UNROLLED
       for (int n = 0; n < kBatchTiles; ++n) {
         const int row = s.forward_row(part, lane, n);
-        const bool ok = row < rows && unit < HP;
         const Floats4 mine = column(n, part), other = swapped[s.exchange_at(warp ^ 1, n, lane)];
         const float* x = ring.gates + s.gates_at(ring_slot(gone + step), row, 0, own_unit);
         const bool cut = kFlags && (flags[n] & kCut), padding = kFlags && (flags[n] & kPadding);
         if (cut) c[n] = 0.0f, h[n] = Number::narrow(0.0f);
-        // Rows and units beyond the edges may find anything in the ring. Their h must be zero: it meets weights.
-        cells[n] = lstm_cell(mine.x + other.x + (ok ? x[0] : 0.0f) + bias[0],
-                             mine.y + other.y + (ok ? x[s.units()] : 0.0f) + bias[1],
-                             mine.z + other.z + (ok ? x[2 * s.units()] : 0.0f) + bias[2],
-                             mine.w + other.w + (ok ? x[3 * s.units()] : 0.0f) + bias[3], c[n]);
+        cells[n] = lstm_cell(mine.x + other.x + x[0] + bias[0], mine.y + other.y + x[s.units()] + bias[1],
+                             mine.z + other.z + x[2 * s.units()] + bias[2],
+                             mine.w + other.w + x[3 * s.units()] + bias[3], c[n]);
         if (!padding) {
           c[n] = cells[n].c;
+          // Rows and units beyond the edges may find anything in the ring. Their h must be zero: it meets weights.
           h[n] = Number::narrow(unit_ok && row < rows ? cells[n].h : 0.0f);
         }
         out[n] = padding ? Number::narrow(0.0f) : h[n];

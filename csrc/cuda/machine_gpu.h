@@ -151,4 +151,28 @@ FASTSEQ_DEVICE void bulk_copy(void* to, const void* from, std::uint32_t bytes, s
                : "memory");
 }
 
+// Global memory that blocks of one launch write for each other, by ordinary loads and stores: who has seen a signal, or
+// meets who has at a barrier of the block, sees what was stored before it was raised. No load may be `__ldg` or
+// `__ldcg`, which the compiler takes to depend on the address alone.
+FASTSEQ_DEVICE Words4 load_published(const Words4* p) { return *p; }
+template <typename Bits>
+FASTSEQ_DEVICE void store_published(Bits* p, Bits value) {
+  *p = value;
+}
+// Raises a signal: who has seen it sees what the threads of this block stored before the barrier of the block that has
+// to come before.
+FASTSEQ_DEVICE void publish(std::uint32_t* signal, std::uint32_t value) {
+  __threadfence();
+  asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(__cvta_generic_to_global(signal)), "r"(value) : "memory");
+}
+FASTSEQ_DEVICE void await(const std::uint32_t* signal, std::uint32_t value) {
+  std::uint32_t found;
+  do {
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];"
+                 : "=r"(found)
+                 : "l"(__cvta_generic_to_global(signal))
+                 : "memory");
+  } while (found < value);
+}
+
 }  // namespace fastseq::cuda::machine

@@ -44,6 +44,40 @@ struct ClusterBackward {
   const std::uint8_t* flags;  // [T, B] or null
 };
 
+// The same by blocks of the whole grid, which meet in global memory.
+struct GridForward {
+  Sizes size;
+  bool reverse, save;
+  std::int64_t gates_stride;
+  float* gates;  // as of ClusterForward, and so are the others
+  const void* w_hh;
+  const void* b_ih;
+  const void* b_hh;
+  void* h_state;
+  float* c_state;
+  void* y;
+  float* c_tape;
+  const std::uint8_t* flags;
+  void* exchange;  // [2, B, HP]: h as the next step's product reads it; place 1 that of the first, zeros beyond H
+  std::uint32_t* signals;  // of each block, at zero
+};
+
+struct GridBackward {
+  Sizes size;
+  bool reverse;
+  std::int64_t gates_stride, dgates_stride;
+  const void* grad_y;  // as of ClusterBackward, and so are the others
+  const void* w_hh;
+  const float* gates;
+  const float* c_tape;
+  const void* c0;
+  void* dgates;  // zeros after the four gates
+  float* dh_state;
+  float* dc_state;
+  const std::uint8_t* flags;
+  std::uint32_t* signals;  // of each block, at zero
+};
+
 // One step of a cell. Every pointer but the states and the weights is at the row of its step: [B, ·].
 struct StepSizes {
   std::int64_t B;

@@ -1,12 +1,14 @@
-// Exhaustive checks of cuda/layout.h and cuda/number.h, without a GPU: for every build and every hidden size that it
-// serves, each weight, cell, chunk and sum has exactly one place and one owner; regions do not overlap; the accesses of
-// a warp meet no more banks twice than is known; half types round as they should. Prints what was checked.
+// Exhaustive checks of cuda/layout.h, cuda/grid_layout.h and cuda/number.h, without a GPU: for every build and every
+// hidden size that it serves, each weight, cell, chunk and sum has exactly one place and one owner; regions do not
+// overlap; the accesses of a warp meet no more banks twice than is known; half types round as they should. Prints what
+// was checked.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <set>
 #include <vector>
 
+#include "cuda/grid_layout.h"
 #include "cuda/layout.h"
 #include "cuda/number.h"
 
@@ -224,6 +226,99 @@ void check_ring() {
   }
 }
 
+void require_grid(bool right, const char* what, const GridShape& s) {
+  if (right) return;
+  std::printf("wrong: %s, with blocks of %d groups in the grid\n", what, s.groups);
+  std::exit(1);
+}
+
+// Each number of K has one part, pair, lane and place, and lanes read 16 bytes that lie together.
+void check_grid_depth(const GridShape& s, int K) {
+  const int pairs = s.pairs(K);
+  require_grid(pairs * kPairK * s.parts() >= K && (pairs - 1) * kPairK * s.parts() < K, "too few or many pairs", s);
+  Once numbers(at(pairs * kPairK * s.parts()));
+  for (int part = 0; part < s.parts(); ++part)
+    for (int pair = 0; pair < pairs; ++pair)
+      for (int lane = 0; lane < 4; ++lane) {
+        const int first = s.first_k(part, pairs, pair, lane);
+        require_grid(first % 8 == 0 && s.first_k(part, pairs, pair, lane + 4) == first, "a load of 16 bytes", s);
+        for (int tile = 0; tile < 2; ++tile)
+          for (int high = 0; high < 2; ++high)
+            for (int half = 0; half < 2; ++half)
+              require_grid(numbers.meet(at(first + s.within(tile, high) + half)), "a number of K twice", s);
+      }
+  require_grid(numbers.all(), "a number of K without a place", s);
+}
+
+// Each cell of a chunk has one thread, and what it adds up is what the product has left of it.
+void check_grid_cells(const GridShape& s) {
+  Once forward(at(kChunkRows * s.units())), backward(at(kChunkRows * s.units()));
+  require_grid(s.cells() == kChunkRows * s.units() && s.cells() <= kGridThreads, "cells without a thread", s);
+  for (int thread = 0; thread < s.cells(); ++thread) {
+    const int lane = thread % kLanes;
+    const GridCell f = s.forward_cell(thread), b = s.backward_cell(thread);
+    require_grid(forward.meet(at(f.row * s.units() + f.unit)), "a cell of the forward twice", s);
+    require_grid(backward.meet(at(b.row * s.units() + b.unit)), "a cell of the backward twice", s);
+    for (int gate = 0; gate < kGates; ++gate) {
+      int found = 0;
+      for (int n = 0; n < 2; ++n)
+        for (int m = 0; m < 2; ++m)
+          for (int r = 0; r < 4; ++r) {
+            if (s.forward_sum(n, m, r) != s.forward_gate_sum(thread, gate)) continue;
+            ++found;
+            require_grid(n * kTileRows + sum_n(lane, r) == f.row, "sums of another row", s);
+            require_grid(sum_row(lane, r) % kGroupUnits == f.unit % kGroupUnits, "sums of another unit", s);
+            require_grid(ClusterShape::forward_gate(m, sum_row(lane, r) / kGroupUnits) == gate, "another gate", s);
+          }
+      require_grid(found == 1, "a gate without a sum", s);
+    }
+    const int r = s.backward_cell_sum(thread);
+    require_grid(sum_row(lane, r) == b.row && sum_n(lane, r) == b.unit % kGroupUnits, "sums of another cell", s);
+    require_grid(f.unit / kGroupUnits == thread / kGroupCells && b.unit / kGroupUnits == thread / kGroupCells,
+                 "parts of another group", s);
+  }
+  require_grid(forward.all() && backward.all(), "a cell without a thread", s);
+  for (int warp = 0; warp < kGridWarps; ++warp)
+    require_grid(s.group_of(warp) * s.parts() + s.part_of(warp) == warp, "a part without a warp", s);
+}
+
+// Places of sums and of what threads keep do not overlap, and regions begin at 16 bytes.
+void check_grid_shared(const GridShape& s, const GridShared& regions, int sums, int kinds, int batch) {
+  require_grid(regions.weights % 16 == 0 && regions.partial % 16 == 0 && regions.slots % 16 == 0, "not aligned", s);
+  const int chunks = ceil_div(batch, kChunkRows);
+  Once partial(at(2 * kGridWarps * sums * kLanes)), slots(at(chunks * kinds * s.cells()));
+  for (int buffer = 0; buffer < 2; ++buffer)
+    for (int warp = 0; warp < kGridWarps; ++warp)
+      for (int sum = 0; sum < sums; ++sum)
+        for (int lane = 0; lane < kLanes; ++lane)
+          require_grid(partial.meet(at(s.partial_at(buffer, warp, sums, sum, lane))), "a sum's place twice", s);
+  for (int chunk = 0; chunk < chunks; ++chunk)
+    for (int kind = 0; kind < kinds; ++kind)
+      for (int thread = 0; thread < s.cells(); ++thread)
+        require_grid(slots.meet(at(s.slot_at(chunk, kinds, kind, thread))), "a slot twice", s);
+  require_grid(partial.all() && slots.all(), "places that nobody has", s);
+  require_grid(regions.slots - regions.partial == 4 * 2 * kGridWarps * sums * kLanes &&
+                   regions.bytes - regions.slots == std::int64_t{4} * chunks * kinds * s.cells(),
+               "regions overlap", s);
+}
+
+void check_grid() {
+  for (int groups = 1; groups <= kMaxGroups; ++groups) {
+    const GridShape s{groups};
+    check_grid_cells(s);
+    for (int hidden = 1; hidden <= 2200; hidden += hidden < 300 ? 1 : 37) {
+      const int width = ceil_div(hidden, kTapeLanes) * kTapeLanes;
+      check_grid_depth(s, width);
+      check_grid_depth(s, kGates * hidden);
+      require_grid(s.blocks(width) * s.units() >= width, "columns of the tape without a block", s);
+    }
+    for (const int batch : {1, 16, 17, 100}) {
+      check_grid_shared(s, GridShared::forward(s, batch, 1536), GridShape::kForwardSums, kForwardSlots, batch);
+      check_grid_shared(s, GridShared::backward(s, batch, 1536), GridShape::kBackwardSums, kBackwardSlots, batch);
+    }
+  }
+}
+
 // Every number of a half type comes back from float as it was, and what lies between two is rounded to the nearer one.
 template <typename Number>
 void check_number(std::uint16_t infinity) {
@@ -266,7 +361,8 @@ int main() {
       }
     }
   check_ring();
+  check_grid();
   check_number<Bfloat16>(0x7f80);
   check_number<Float16>(0x7c00);
-  std::printf("%d shapes of clusters and 131072 half numbers: every index has one owner\n", shapes);
+  std::printf("%d shapes of clusters, the grid and 131072 half numbers: every index has one owner\n", shapes);
 }

@@ -2,6 +2,7 @@
 
 - ``cluster``: a cluster of 8 or 16 multiprocessors of a Hopper or newer GPU keeps the recurrent weights on chip and
   walks a tile of the batch through all steps (LSTM in half types);
+- ``grid``: blocks on all multiprocessors do, which meet in global memory, where a cluster does not hold the weights;
 - ``cell``: one product by cuBLAS and one fused kernel per step, for every other shape, dtype and device.
 
 An extension that was never built is allowed, and said by :func:`why_unavailable`. None of this has run on a GPU yet.

@@ -3,12 +3,14 @@ is :mod:`fastseq.kernels.lstm`'s; shapes and conventions are those of its launch
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from fastseq.cpu.memory import STORAGE, address
 from fastseq.cuda import plan as planning
 from fastseq.cuda.extension import extension
 from fastseq.cuda.steps import first_operand, in_time, row, stream_of
+from fastseq.kernels.launch import new_exchange
 from fastseq.kernels.products import wide_product
 
 
@@ -45,6 +47,20 @@ def run_forward(
         )
         return
     operand, next_operand = first_operand(h_state, flags, steps - 1 if reverse else 0)
+    if plan.regime == "grid":
+        exchange, signals = new_exchange(operand, None), new_signals(plan, y.device)
+        extension().lstm_grid_forward(
+            code,
+            plan.build,
+            (steps, batch, hidden),
+            reverse,
+            c is not None,
+            address(gates),
+            stride,
+            *(address(value) for value in (w_hh, b_ih, b_hh, h_state, c_state, y, c, flags, exchange, signals)),
+            stream,
+        )
+        return
     weights = w_hh.t()
     for t, after in in_time(steps, reverse):
         product = wide_product(operand, weights)
@@ -96,6 +112,21 @@ def run_backward(
             stream,
         )
         return
+    if plan.regime == "grid":
+        signals = new_signals(plan, c0.device)
+        extension().lstm_grid_backward(
+            code,
+            plan.build,
+            (steps, batch, hidden),
+            reverse,
+            *(address(value) for value in (grad_y, w_hh, gates)),
+            stride,
+            *(address(value) for value in (c, c0, dgates)),
+            dgates_stride,
+            *(address(value) for value in (dh_state, dc_state, flags, signals)),
+            stream,
+        )
+        return
     # Backwards in time: the step that comes next here is the one before in the direction.
     product = None
     done = None
@@ -119,6 +150,11 @@ def run_backward(
             stream,
         )
         done = t
+
+
+def new_signals(plan: planning.Plan, device: torch.device) -> Tensor:
+    """The signals of a launch of the grid, at zero. A call has its own, so calls on several streams do not meet."""
+    return torch.zeros(plan.blocks, dtype=torch.int32, device=device)
 
 
 def _refuse(options: tuple[Tensor | None, ...]) -> None:

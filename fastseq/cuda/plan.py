@@ -13,16 +13,18 @@ import torch
 from fastseq.cpu.memory import STORAGE
 from fastseq.cuda.extension import extension
 
-REGIMES = ("cluster", "cell")
+REGIMES = ("cluster", "grid", "cell")
 HALF_TYPES = (torch.float16, torch.bfloat16)
 H100_SHARED = 227 * 1024  # bytes that a block may have
-LARGEST_TOLD = 1024  # hidden size
+H100_PROCESSORS = 132
+LARGEST_TOLD = 4096  # hidden size
 
 
 @dataclass(frozen=True)
 class Plan:
     """How a layer is computed. In the regime ``cluster``: ``build`` of the kernel, ``blocks`` of a cluster, ``rows`` of
-    a tile of the batch, and how many ``clusters`` share the ``tiles``; ``cell`` has none of it."""
+    a tile of the batch, and how many ``clusters`` share the ``tiles``; in ``grid``: as its build the groups of 8 units
+    of a block, and ``blocks`` of the grid; ``cell`` has none of it."""
 
     regime: str
     build: int = -1
@@ -34,6 +36,8 @@ class Plan:
     def __str__(self) -> str:
         if self.regime == "cell":
             return "cell, a product and a fused kernel for each step"
+        if self.regime == "grid":
+            return f"grid, {self.blocks} blocks of {8 * self.build} units"
         return f"cluster, {self.clusters} clusters of {self.blocks} blocks, {self.tiles} tiles of {self.rows} sequences"
 
 
@@ -55,7 +59,7 @@ def override(*, regime: str | None = None, build: int | None = None) -> Iterator
 def choose(
     steps: int, batch: int, hidden: int, dtype: torch.dtype, device: torch.device, backward: bool, flags: bool
 ) -> Plan:
-    """The plan of an LSTM's pass: a cluster where one fits the device, else cells.
+    """The plan of an LSTM's pass: a cluster where one fits the device, else the grid where it does, else cells.
 
     Raises:
         RuntimeError: an override asks for what does not fit; the message says why.
@@ -64,11 +68,14 @@ def choose(
     if regime == "cell" or (regime is None and steps == 1):
         return Plan("cell")
     index = torch.cuda.current_device() if device.type == "cuda" and device.index is None else device.index or 0
-    found, reason = _cluster(batch, hidden, dtype, index, backward, flags, _overrides.get("build"))
-    if found is not None:
-        return found
-    if regime == "cluster":
-        raise RuntimeError(f"the cluster kernel was asked for, but cannot serve: {reason}")
+    for name, find in (("cluster", _cluster), ("grid", _grid)):
+        if regime not in (None, name):
+            continue
+        found, reason = find(batch, hidden, dtype, index, backward, flags, _overrides.get("build"))
+        if found is not None:
+            return found
+        if regime == name:
+            raise RuntimeError(f"the {name} kernel was asked for, but cannot serve: {reason}")
     return Plan("cell")
 
 
@@ -77,13 +84,22 @@ def regimes(backward: bool) -> str:
     """Which regime serves which hidden sizes of an LSTM in half types on this GPU, else on an H100."""
     here = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None
 
-    def by_cluster(hidden: int) -> bool:
+    def serves(regime: str, hidden: int) -> bool:
         if here is not None:
-            return choose(2, 1, hidden, torch.float16, here, backward, True).regime == "cluster"
-        return any(shared <= H100_SHARED for *_, shared in extension().cluster_builds(hidden, backward))
+            find = _cluster if regime == "cluster" else _grid
+            return find(1, hidden, torch.float16, here.index, backward, True, None)[0] is not None
+        if regime == "cluster":
+            return any(shared <= H100_SHARED for *_, shared in extension().cluster_builds(hidden, backward))
+        builds = extension().grid_builds(1, hidden, backward)
+        return any(blocks <= H100_PROCESSORS and shared <= H100_SHARED for _, blocks, shared in builds)
 
-    largest = next((hidden for hidden in range(LARGEST_TOLD, 0, -1) if by_cluster(hidden)), 0)
-    return f"cluster to {largest}, cell beyond" if largest else "cell"
+    told, before = [], 0
+    for regime in ("cluster", "grid"):
+        largest = next((hidden for hidden in range(LARGEST_TOLD, before, -1) if serves(regime, hidden)), 0)
+        if largest:
+            told.append(f"{regime} to {largest}")
+            before = largest
+    return ", ".join([*told, "cell beyond" if told else "cell"])
 
 
 @cache
@@ -112,3 +128,20 @@ def _cluster(
     if best is None:
         return None, f"no build holds the recurrent weights of {hidden} units in a cluster of this device"
     return best[1], ""
+
+
+@cache
+def _grid(
+    batch: int, hidden: int, dtype: torch.dtype, device: int, backward: bool, flags: bool, build: int | None
+) -> tuple[Plan | None, str]:
+    """The plan of the grid-wide kernel, or None and why there is none."""
+    if dtype not in HALF_TYPES:
+        return None, f"it serves float16 and bfloat16, not {dtype}"
+    shared_limit = extension().device_facts(device)[3]
+    for groups, blocks, shared in extension().grid_builds(batch, hidden, backward):
+        if shared > shared_limit or build not in (None, groups):
+            continue
+        # The smallest blocks that are all there at once: they have the least to multiply.
+        if blocks <= extension().resident_blocks(STORAGE[dtype], backward, flags, groups, batch, hidden):
+            return Plan("grid", groups, blocks), ""
+    return None, f"the device does not hold the recurrent weights of {hidden} units and {batch} sequences at once"

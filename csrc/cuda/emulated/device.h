@@ -14,9 +14,17 @@ int resident_clusters(void (*)(Params), const Grid&) {
   return kEmulatedClusters;
 }
 
+// As many as an H100 has multiprocessors.
+template <typename Params>
+int resident_blocks(void (*)(Params), const Grid&) {
+  return 132;
+}
+
 template <typename Params>
 void launch(void (*kernel)(Params), const Grid& grid, const Params& params, std::uintptr_t) {
-  emulated::run(grid.blocks, grid.cluster, grid.threads, grid.shared_bytes, [&] { kernel(params); });
+  // Blocks that wait for each other run side by side, as those of a cluster do.
+  const int together = grid.cooperative ? grid.blocks : grid.cluster;
+  emulated::run(grid.blocks, together, grid.threads, grid.shared_bytes, [&] { kernel(params); });
 }
 
 }  // namespace fastseq::cuda

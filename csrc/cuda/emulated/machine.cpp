@@ -69,8 +69,20 @@ struct Warp {
   const void* rows[2][kLanes];
 };
 
+struct RemoteStore {
+  void* to;
+  unsigned char bytes[16];
+  std::size_t count;
+};
+
+void finish(std::vector<RemoteStore>& stores) {
+  for (const RemoteStore& store : stores) std::memcpy(store.to, store.bytes, store.count);
+  stores.clear();
+}
+
 struct Block {
   std::vector<Words4> shared;
+  std::vector<RemoteStore> unpublished;
   Barrier barrier;
   std::vector<Barrier> pairs;
   std::vector<Warp> warps;
@@ -79,24 +91,22 @@ struct Block {
   unsigned char* memory() { return reinterpret_cast<unsigned char*>(shared.data()); }
 };
 
-struct RemoteStore {
-  void* to;
-  unsigned char bytes[16];
-  std::size_t count;
-};
-
 struct Fiber {
   ucontext_t context;
   int thread = 0, rank = 0;
   bool done = false;
   const std::uint64_t* counter = nullptr;  // what it waits for, if anything
   std::uint64_t target = 0;
+  const std::uint32_t* signal = nullptr;  // or this
+  std::uint32_t signal_target = 0;
   std::uint64_t cluster_target = 0;
   bool cluster_arrived = false;
   std::uint64_t exchanges = 0;
   std::vector<RemoteStore> stores;
 
-  bool waits() const { return counter != nullptr && *counter < target; }
+  bool waits() const {
+    return (counter != nullptr && *counter < target) || (signal != nullptr && *signal < signal_target);
+  }
 };
 
 struct Cluster {
@@ -117,18 +127,23 @@ const std::function<void()>* g_kernel = nullptr;
 Block& own_block() { return g_cluster->blocks[static_cast<std::size_t>(g_fiber->rank)]; }
 Warp& own_warp() { return own_block().warps[static_cast<std::size_t>(g_fiber->thread / kLanes)]; }
 
-bool late() { return g_schedule == 1 || (g_schedule > 1 && g_random() % 2 == 0); }
+bool late() { return g_schedule == 1 || g_schedule == 3 || (g_schedule > 3 && g_random() % 2 == 0); }
 
 void require(bool right, const char* what) {
   if (!right) throw std::logic_error(std::string("emulated GPU: ") + what);
+}
+
+// Gives the CPU to the other threads until the fiber no longer waits.
+void rest() {
+  swapcontext(&g_fiber->context, &g_cluster->scheduler);
+  if (g_cluster->failure) std::abort();  // never resumed after a failure
 }
 
 void wait_for(const std::uint64_t& counter, std::uint64_t target) {
   if (counter >= target) return;
   g_fiber->counter = &counter;
   g_fiber->target = target;
-  swapcontext(&g_fiber->context, &g_cluster->scheduler);
-  if (g_cluster->failure) std::abort();  // never resumed after a failure
+  rest();
 }
 
 // Gives an operand to the warp and returns which of its two sets has everybody's.
@@ -154,23 +169,36 @@ void enter() {
   swapcontext(&g_fiber->context, &g_cluster->scheduler);
 }
 
+// Lets those of some threads that need not wait go on until they have to, and tells whether there was one.
+bool let_run(Cluster& cluster, std::vector<Fiber*>& fibers) {
+  bool moved = false;
+  for (Fiber* fiber : fibers) {
+    if (fiber->waits()) continue;
+    moved = true;
+    fiber->counter = nullptr, fiber->signal = nullptr;
+    g_fiber = fiber;
+    swapcontext(&cluster.scheduler, &fiber->context);
+    if (cluster.failure) std::rethrow_exception(cluster.failure);
+  }
+  fibers.erase(std::remove_if(fibers.begin(), fibers.end(), [](Fiber* f) { return f->done; }), fibers.end());
+  return moved;
+}
+
 void run_cluster(Cluster& cluster) {
-  std::vector<Fiber*> order;
-  for (Fiber& fiber : cluster.fibers) order.push_back(&fiber);
-  if (g_schedule == 1) std::reverse(order.begin(), order.end());
-  while (!order.empty()) {
-    if (g_schedule > 1) std::shuffle(order.begin(), order.end(), g_random);
-    bool moved = false;
-    for (Fiber* fiber : order) {
-      if (fiber->waits()) continue;
-      moved = true;
-      fiber->counter = nullptr;
-      g_fiber = fiber;
-      swapcontext(&cluster.scheduler, &fiber->context);
-      if (cluster.failure) std::rethrow_exception(cluster.failure);
-    }
+  const bool ahead = g_schedule == 2 || g_schedule == 3;
+  std::vector<std::vector<Fiber*>> warps(1);  // all threads as one, unless warps are to run ahead
+  for (Fiber& fiber : cluster.fibers) {
+    if (ahead && warps.back().size() == kLanes) warps.emplace_back();
+    warps.back().push_back(&fiber);
+  }
+  if (g_schedule == 1) std::reverse(warps[0].begin(), warps[0].end());
+  if (g_schedule == 3) std::reverse(warps.begin(), warps.end());
+  while (!warps.empty()) {
+    if (g_schedule > 3) std::shuffle(warps[0].begin(), warps[0].end(), g_random);
+    const bool moved =
+        std::any_of(warps.begin(), warps.end(), [&](std::vector<Fiber*>& warp) { return let_run(cluster, warp); });
     require(moved, "every thread waits: a deadlock");
-    order.erase(std::remove_if(order.begin(), order.end(), [](Fiber* f) { return f->done; }), order.end());
+    warps.erase(std::remove_if(warps.begin(), warps.end(), [](const auto& warp) { return warp.empty(); }), warps.end());
   }
 }
 
@@ -226,6 +254,7 @@ void run(int blocks, int cluster, int threads, std::size_t shared_bytes, const s
       makecontext(&fiber.context, &enter, 0);
     }
     run_cluster(c);
+    for (Block& block : c.blocks) finish(block.unpublished);
   }
 }
 
@@ -256,8 +285,7 @@ void pair_barrier(int pair) {
 
 void cluster_arrive() {
   require(!g_fiber->cluster_arrived, "two arrivals at the cluster's barrier without a wait");
-  for (const RemoteStore& store : g_fiber->stores) std::memcpy(store.to, store.bytes, store.count);
-  g_fiber->stores.clear();
+  finish(g_fiber->stores);
   g_fiber->cluster_target = g_cluster->barrier.arrive();
   g_fiber->cluster_arrived = true;
 }
@@ -318,6 +346,27 @@ CopyBarrier& copy_barrier(std::uint64_t* barrier) {
 
 void store_remote(void* mine, int rank, const Words4& v) { remote(mine, rank, v); }
 void store_remote(void* mine, int rank, const Floats2& v) { remote(mine, rank, v); }
+
+void store_bytes_published(void* to, const void* bytes, std::size_t count) {
+  RemoteStore store{to, {}, count};
+  std::memcpy(store.bytes, bytes, count);
+  std::vector<RemoteStore>& unpublished = own_block().unpublished;
+  unpublished.push_back(store);
+  if (!late()) finish(unpublished);
+}
+
+void publish(std::uint32_t* signal, std::uint32_t value) {
+  require(*signal < value, "a signal that does not rise");
+  finish(own_block().unpublished);
+  *signal = value;
+}
+
+void await(const std::uint32_t* signal, std::uint32_t value) {
+  if (*signal >= value) return;
+  g_fiber->signal = signal;
+  g_fiber->signal_target = value;
+  rest();
+}
 
 void copy_barrier_init(std::uint64_t* barrier) { own_block().copies[barrier] = CopyBarrier{}; }
 

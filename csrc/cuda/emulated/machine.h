@@ -22,8 +22,10 @@ namespace fastseq::cuda::emulated {
 // Runs a kernel with `blocks` blocks in clusters of `cluster`.
 void run(int blocks, int cluster, int threads, std::size_t shared_bytes, const std::function<void()>& kernel);
 
-// 0: threads in order, everything at once. 1: in reverse order, copies and remote stores as late as is allowed. Others:
-// drawn at random from this seed.
+// Which thread goes on when one has to wait, and when copies and stores for other blocks take effect. 0: the next one,
+// everything at once. 1: the one before, as late as is allowed. 2: always a thread of the first warp that can, so that
+// warps run as far ahead of others as they may, at once. 3: of the last warp that can, late. Others: drawn at random
+// from this seed.
 void set_schedule(std::uint64_t schedule);
 
 }  // namespace fastseq::cuda::emulated
@@ -96,6 +98,15 @@ T load_constant(const T* p) {
 
 void store_remote(void* mine, int rank, const Words4& v);
 void store_remote(void* mine, int rank, const Floats2& v);
+
+inline Words4 load_published(const Words4* p) { return *p; }
+void store_bytes_published(void* to, const void* bytes, std::size_t count);
+template <typename Bits>
+void store_published(Bits* to, Bits value) {
+  store_bytes_published(to, &value, sizeof(value));
+}
+void publish(std::uint32_t* signal, std::uint32_t value);
+void await(const std::uint32_t* signal, std::uint32_t value);
 
 void copy_barrier_init(std::uint64_t* barrier);
 inline void copy_barrier_fence() {}
