@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
+
+from fastseq import reference
+
+reference_rnn: Any = import_module("fastseq.reference.rnn")
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
@@ -195,3 +201,43 @@ def draws_of(case: Case, gates: int, dtype: torch.dtype, options: Collection[str
     first = draw()
     smallest = min(v.numel() for v in first.values() if isinstance(v, Tensor) and v.is_floating_point())
     return [first, *(draw() for _ in range(1, -(-256 // smallest)))]
+
+
+def enlarge(inputs: dict[str, Any], factor: float) -> None:
+    """Makes one number large in every second row of x, where gates saturate; in all rows, every gradient would be zero.
+
+    Of several in a row the sums would here and there cancel, and what is left be wrong by chance.
+    """
+    rows = inputs["x"][:, ::2]
+    rows *= factor * torch.nn.functional.one_hot(torch.randint(rows.shape[-1], rows.shape[:-1]), rows.shape[-1])
+
+
+def rnn_draws_of(case: Case, nonlinearity: str, dtype: torch.dtype) -> list[dict[str, Any]]:
+    """:func:`draws_of` for rnn with that nonlinearity.
+
+    Where relu's argument is as small as its rounding error its sign is anyone's, and with it whole gradients: in
+    float32 such draws are not taken. In half types they are too many, and the reference's errors show it.
+    """
+    made = [draw | {"nonlinearity": nonlinearity} for draw in draws_of(case, 1, dtype)]
+    if nonlinearity == "relu" and dtype == torch.float32:
+        for index, draw in enumerate(made):
+            while _near_the_kink(draw):
+                draw = made[index] = inputs_of(case, 1, dtype) | {"nonlinearity": nonlinearity}
+    return made
+
+
+def _near_the_kink(draw: dict[str, Any]) -> bool:
+    least = [float("inf")]
+
+    def relu(a: Tensor) -> Tensor:
+        least.append(a.abs().min().item() if a.numel() else float("inf"))
+        return torch.relu(a)
+
+    wide = {
+        name: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+        for name, value in draw.items()
+    }
+    with mock.patch.dict(reference_rnn.NONLINEARITIES, relu=relu):
+        reference.rnn(**wide)
+    assert len(least) > 1
+    return min(least) < 1e-6

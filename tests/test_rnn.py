@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, note, settings
 from hypothesis import strategies as st
-from recurrence_cases import CASES, DTYPES, DTYPES_AND_TIMES, Case, draws_of, inputs_of
+from recurrence_cases import CASES, DTYPES, DTYPES_AND_TIMES, Case, inputs_of, rnn_draws_of
 from torch import Tensor, nn
 
 from fastseq import cpu, reference
@@ -19,10 +19,6 @@ from fastseq.testing import assert_matches_reference, compare, implementations, 
 
 NONLINEARITIES = ["tanh", "relu", "sigmoid"]
 RNN_CASES = [dataclasses.replace(case, P=None) for case in CASES]
-
-
-def draws(case: Case, nonlinearity: str, dtype: torch.dtype) -> list[dict[str, Any]]:
-    return [draw | {"nonlinearity": nonlinearity} for draw in draws_of(case, 1, dtype)]
 
 
 def test_cpp_kernels_run_here() -> None:
@@ -35,7 +31,7 @@ def test_cpp_kernels_run_here() -> None:
 def test_outputs_and_gradients(index: int, case: Case, dtype: torch.dtype, backend: str, seed: int) -> None:
     # Each nonlinearity meets every option: the cases are more than three to each, in no order of three.
     nonlinearity = NONLINEARITIES[(index + DTYPES.index(dtype)) % 3]
-    assert_matches_reference("rnn", draws(case, nonlinearity, dtype), implementation=backend, seed=seed)
+    assert_matches_reference("rnn", rnn_draws_of(case, nonlinearity, dtype), implementation=backend, seed=seed)
 
 
 @pytest.mark.full
@@ -49,7 +45,7 @@ def test_every_combination(
     T: int, B: int, H: int, reverse: bool, time: str, nonlinearity: str, dtype: torch.dtype, backend: str, seed: int
 ) -> None:
     case = Case(T, B, 65, H, reverse=reverse, time=time)
-    assert_matches_reference("rnn", draws(case, nonlinearity, dtype), implementation=backend, seed=seed)
+    assert_matches_reference("rnn", rnn_draws_of(case, nonlinearity, dtype), implementation=backend, seed=seed)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -69,7 +65,7 @@ def test_saturated_units(nonlinearity: str, reach: float, dtype: torch.dtype, ba
 @pytest.mark.parametrize("used", ["y", "h_n"])
 def test_unused_outputs(used: str, backend: str, seed: int) -> None:
     for case in (Case(5, 3, 4, 9), Case(5, 3, 4, 9, reverse=True, time="lengths+reset"), Case(1, 1, 1, 1)):
-        given = draws(case, "tanh", torch.float32)
+        given = rnn_draws_of(case, "tanh", torch.float32)
         assert_matches_reference("rnn", given, implementation=backend, used={used}, seed=seed)
 
 
@@ -112,7 +108,7 @@ def test_random_shapes(
     note(f"{case} {nonlinearity} {dtype} {isa}")
     torch.manual_seed(seed)
     with cpu.use_isa(isa):
-        assert_matches_reference("rnn", draws(case, nonlinearity, dtype), implementation="cpp", seed=seed)
+        assert_matches_reference("rnn", rnn_draws_of(case, nonlinearity, dtype), implementation="cpp", seed=seed)
 
 
 def test_empty_batch(backend: str) -> None:
