@@ -59,8 +59,10 @@ class Problem:
         )
         self.lengths: Tensor | None = None
         if case.variant in ("lengths", "packed"):
-            shortest = round((2 * MEAN_LENGTH - 1) * T)
-            self.lengths = torch.randint(max(1, shortest), T + 1, (B,), generator=generator)
+            # Evenly spread, so that their mean is what the case says, and in any order.
+            shortest = max(1, round((2 * MEAN_LENGTH - 1) * T))
+            spread = torch.linspace(shortest, T, B).round().long()
+            self.lengths = spread[torch.randperm(B, generator=generator)]
         self.reset: Tensor | None = None
         if case.variant in ("reset", "reset_state"):
             self.reset = torch.rand(T, B, generator=generator) < RESET_PROBABILITY
