@@ -74,11 +74,12 @@ def test_programs_that_wait_for_each_other(op: str, sync: str, seed: int, monkey
     """Three programs share the units, and do two tiles of the batch one after the other; forwards and BPTT."""
     ran: list[int] = []
     monkeypatch.setattr(Launch, "run", side_by_side(ran))
-    case = Case(5, 20, 8, 41, bias="none", time="reset" if sync == "flags" else "lengths", reverse=op == "rnn")
-    given = inputs_of(case, OPS[op], torch.float32)
+    # Few steps, since what stands in for cuBLAS here sums all rows of a weight gradient in one chain.
+    case = Case(3, 20, 8, 41, bias="none", time="reset" if sync == "flags" else "lengths", reverse=op == "rnn")
+    given = [inputs_of(case, OPS[op], torch.float32) for _ in range(2)]
     with plan.override(regime="persistent", BB=16, BH=16, groups=1, sync=sync):
         assert_matches_reference(op, given, implementation="triton", seed=seed)
-    assert ran == [3, 3]
+    assert ran == [3, 3] * 2
 
 
 @pytest.mark.usefixtures("poison")
