@@ -226,6 +226,11 @@ def rnn_draws_of(case: Case, nonlinearity: str, dtype: torch.dtype) -> list[dict
     return made
 
 
+def draws_for(op: str, case: Case, dtype: torch.dtype, nonlinearity: str = "tanh") -> list[dict[str, Any]]:
+    """:func:`draws_of` for "lstm", or :func:`rnn_draws_of` for "rnn"."""
+    return rnn_draws_of(case, nonlinearity, dtype) if op == "rnn" else draws_of(case, 4, dtype)
+
+
 def _near_the_kink(draw: dict[str, Any]) -> bool:
     least = [float("inf")]
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from cuda_support import COMPILER, emulated, emulator, needs_launchers
-from recurrence_cases import Case, draws_of, enlarge, inputs_of, rnn_draws_of
+from recurrence_cases import Case, draws_for, draws_of, enlarge, inputs_of
 from torch import Tensor
 
 from fastseq import functional as F
@@ -33,10 +33,6 @@ CORNERS = [
     Case(9, 9, 4, 72, reverse=True, time="lengths+reset", bias="ih"),
 ]
 SMALL = [Case(1, 1, 1, 1), Case(2, 3, 2, 9, time="reset", bias="none"), Case(6, 1, 3, 17, time="lengths")]
-
-
-def draws(op: str, case: Case, dtype: torch.dtype, nonlinearity: str = "tanh") -> list[dict[str, Any]]:
-    return rnn_draws_of(case, nonlinearity, dtype) if op == "rnn" else draws_of(case, OPS[op], dtype)
 
 
 def check(op: str, given: Any, schedule: int, seed: int, **fields: Any) -> None:
@@ -60,7 +56,7 @@ def test_every_build_of_the_cluster(build: int, seed: int) -> None:
 @pytest.mark.parametrize("build", BUILDS)
 @pytest.mark.parametrize("case", CORNERS + SMALL, ids=str)
 def test_corners_of_the_cluster(case: Case, build: int, dtype: torch.dtype, schedule: int, seed: int) -> None:
-    check("lstm", draws("lstm", case, dtype), schedule, seed, regime="cluster", build=build)
+    check("lstm", draws_for("lstm", case, dtype), schedule, seed, regime="cluster", build=build)
 
 
 @pytest.mark.full
@@ -92,7 +88,7 @@ def test_the_grid(groups: int, seed: int) -> None:
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("case", CORNERS + SMALL, ids=str)
 def test_corners_of_the_grid(case: Case, groups: int, dtype: torch.dtype, schedule: int, seed: int) -> None:
-    check("lstm", draws("lstm", case, dtype), schedule, seed, regime="grid", build=groups)
+    check("lstm", draws_for("lstm", case, dtype), schedule, seed, regime="grid", build=groups)
 
 
 @pytest.mark.full
@@ -108,7 +104,7 @@ def test_sizes_of_the_grid(H: int, seed: int) -> None:
 def test_cells(op: str, dtype: torch.dtype, seed: int) -> None:
     """Rows that are 16 bytes apart and rows that are not."""
     for case, nonlinearity in zip((*CORNERS, SMALL[0]), ("tanh", "relu", "sigmoid", "tanh"), strict=True):
-        check(op, draws(op, case, dtype, nonlinearity), 0, seed, regime="cell")
+        check(op, draws_for(op, case, dtype, nonlinearity), 0, seed, regime="cell")
 
 
 @pytest.mark.parametrize("regime", plan.REGIMES)

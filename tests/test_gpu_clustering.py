@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from clustering_cases import CASES, Case, draws_of, inputs_of
+from gpu_support import assert_same_bits_on_a_second_stream, on_gpu
 from torch import Tensor
 
 from fastseq import functional as F
@@ -20,10 +21,6 @@ pytestmark = pytest.mark.gpu
 OPS = ("clustering_loss", "clustering_loss(freq)", "student_t_assignment", "target_distribution", "nearest_center")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 MOST_DRAWS = 64  # of the smallest tensors
-
-
-def on_gpu(inputs: dict[str, Any]) -> dict[str, Any]:
-    return {name: value.cuda() if isinstance(value, Tensor) else value for name, value in inputs.items()}
 
 
 def check(op: str, case: Case, dtype: torch.dtype, seed: int) -> None:
@@ -71,17 +68,7 @@ def results_of(inputs: dict[str, Any]) -> list[Tensor]:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_same_bits_on_every_run_and_stream(dtype: torch.dtype, seed: int) -> None:
     inputs = on_gpu(inputs_of(Case(50_000, 33, 200), dtype, "clustering_loss(freq)"))
-    first = results_of(inputs)
-    torch.cuda.synchronize()
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    for _ in range(3):
-        with torch.cuda.stream(stream):
-            other = results_of(inputs)
-        here = results_of(inputs)
-        torch.cuda.synchronize()
-        for found in (other, here):
-            assert all(torch.equal(a, b) for a, b in zip(first, found, strict=True))
+    assert_same_bits_on_a_second_stream(lambda: results_of(inputs), times=3)
 
 
 def test_more_numbers_than_32_bits_count(seed: int) -> None:

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import random
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 import torch
+from gpu_support import assert_comes_back, assert_same_bits_on_a_second_stream, on_gpu, y_and_gradients
 from recurrence_cases import Case, draws_of, inputs_of
-from torch import Tensor
 
 from fastseq import cuda
-from fastseq import functional as F
 from fastseq.cuda import extension, plan
-from fastseq.testing import assert_matches_reference, use_implementation
+from fastseq.testing import assert_matches_reference
 
 pytestmark = [
     pytest.mark.gpu,
@@ -44,24 +40,13 @@ def has_clusters() -> bool:
     return bool(extension.extension().device_facts(torch.cuda.current_device())[0] >= 9)
 
 
-def on_gpu(inputs: dict[str, Any]) -> dict[str, Any]:
-    return {name: value.cuda() if isinstance(value, Tensor) else value for name, value in inputs.items()}
-
-
 def draws(op: str, case: Case, dtype: torch.dtype) -> list[dict[str, Any]]:
     return [on_gpu(draw) for draw in draws_of(case, 4 if op == "lstm" else 1, dtype)]
 
 
 def test_nothing_hangs() -> None:
     """First, since a hang would take everything after it along."""
-    child = [sys.executable, "-c", HANGS]
-    try:
-        done = subprocess.run(
-            child, timeout=HANG_SECONDS, check=False, capture_output=True, text=True, env={**os.environ}
-        )
-    except subprocess.TimeoutExpired:
-        pytest.exit(f"a kernel did not come back within {HANG_SECONDS} s: a deadlock", returncode=3)
-    assert done.returncode == 0, done.stderr[-4000:]
+    assert_comes_back(HANGS, HANG_SECONDS)
 
 
 @pytest.mark.usefixtures("poison")
@@ -115,33 +100,9 @@ def test_random_shapes(seed: int) -> None:
             raise AssertionError(f"{case} {dtype}: {error}") from None
 
 
-def gradients_of(inputs: dict[str, Any]) -> list[Tensor]:
-    """y and all gradients."""
-    leaves = {
-        name: value.detach().clone().requires_grad_()
-        if isinstance(value, Tensor) and value.is_floating_point()
-        else value
-        for name, value in inputs.items()
-    }
-    with use_implementation("cuda"):
-        y = F.lstm(**leaves)[0]
-        wanted = [leaf for leaf in leaves.values() if isinstance(leaf, Tensor) and leaf.requires_grad]
-        return [y.detach(), *torch.autograd.grad(y, wanted, torch.ones_like(y))]
-
-
 def test_same_bits_on_every_run_and_on_a_second_stream(seed: int) -> None:
     inputs = on_gpu(inputs_of(Case(300, 48, 32, 512), 4, torch.float16))
-    first = gradients_of(inputs)
-    torch.cuda.synchronize()
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    for _ in range(4):
-        with torch.cuda.stream(stream):
-            other = gradients_of(inputs)
-        here = gradients_of(inputs)
-        torch.cuda.synchronize()
-        for found in (other, here):
-            assert all(torch.equal(a, b) for a, b in zip(first, found, strict=True))
+    assert_same_bits_on_a_second_stream(lambda: y_and_gradients("lstm", inputs, "cuda"), times=4)
 
 
 def test_an_error_names_its_call() -> None:

@@ -6,14 +6,12 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import random
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 import torch
+from gpu_support import assert_comes_back, assert_same_bits_on_a_second_stream, on_gpu, y_and_gradients
 from recurrence_cases import Case, draws_of, inputs_of
 from torch import Tensor
 
@@ -49,24 +47,13 @@ torch.cuda.synchronize()
 """
 
 
-def on_gpu(inputs: dict[str, Any]) -> dict[str, Any]:
-    return {name: value.cuda() if isinstance(value, Tensor) else value for name, value in inputs.items()}
-
-
 def draws(op: str, case: Case, dtype: torch.dtype, options: tuple[str, ...] = ()) -> list[dict[str, Any]]:
     return [on_gpu(draw) for draw in draws_of(case, OPS[op], dtype, options)]
 
 
 def test_nothing_hangs() -> None:
     """First, since a hang would take everything after it along."""
-    child = [sys.executable, "-c", HANGS]
-    try:
-        done = subprocess.run(
-            child, timeout=HANG_SECONDS, check=False, capture_output=True, text=True, env={**os.environ}
-        )
-    except subprocess.TimeoutExpired:
-        pytest.exit(f"a persistent kernel did not come back within {HANG_SECONDS} s: a deadlock", returncode=3)
-    assert done.returncode == 0, done.stderr[-4000:]
+    assert_comes_back(HANGS, HANG_SECONDS)
 
 
 @pytest.mark.usefixtures("poison")
@@ -126,17 +113,7 @@ def test_two_hundred_random_shapes(seed: int) -> None:
 
 
 def gradients_of(op: str, inputs: dict[str, Any]) -> list[Tensor]:
-    """y and all gradients."""
-    leaves = {
-        name: value.detach().clone().requires_grad_()
-        if isinstance(value, Tensor) and value.is_floating_point()
-        else value
-        for name, value in inputs.items()
-    }
-    with use_implementation("triton"):
-        y = getattr(F, op)(**leaves)[0]
-        wanted = [leaf for leaf in leaves.values() if isinstance(leaf, Tensor) and leaf.requires_grad]
-        return [y.detach(), *torch.autograd.grad(y, wanted, torch.ones_like(y))]
+    return y_and_gradients(op, inputs, "triton")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -151,19 +128,8 @@ def test_same_bits_on_every_run(op: str, dtype: torch.dtype, seed: int) -> None:
 
 @pytest.mark.parametrize("op", OPS)
 def test_a_second_stream(op: str, seed: int) -> None:
-    """A call runs on the current stream and leaves the other alone: two at once give what one gives."""
     inputs = on_gpu(inputs_of(Case(200, 16, 32, 256), OPS[op], torch.float16))
-    expected = gradients_of(op, inputs)
-    torch.cuda.synchronize()
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    for _ in range(3):
-        with torch.cuda.stream(stream):
-            other = gradients_of(op, inputs)
-        here = gradients_of(op, inputs)
-        torch.cuda.synchronize()
-        for found in (other, here):
-            assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+    assert_same_bits_on_a_second_stream(lambda: gradients_of(op, inputs), times=3)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one GPU")

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from recurrence_cases import CASES, Case, draws_of, enlarge, inputs_of, rnn_draws_of
+from recurrence_cases import CASES, Case, draws_for, draws_of, enlarge, inputs_of
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -43,10 +43,6 @@ REGIMES: dict[str, dict[str, Any]] = {
 }
 
 
-def draws(op: str, case: Case, dtype: torch.dtype, nonlinearity: str = "tanh") -> list[dict[str, Any]]:
-    return rnn_draws_of(case, nonlinearity, dtype) if op == "rnn" else draws_of(case, OPS[op], dtype)
-
-
 # Flags of both kinds, both directions, sizes that fill no tile, more than one tile of the batch.
 CORNERS = [Case(4, 17, 3, 40, time="lengths+reset"), Case(3, 5, 4, 45, reverse=True)]
 
@@ -54,7 +50,7 @@ CORNERS = [Case(4, 17, 3, 40, time="lengths+reset"), Case(3, 5, 4, 45, reverse=T
 def corner(regime: str, op: str, dtype: torch.dtype, case: Case, seed: int) -> None:
     nonlinearity = NONLINEARITIES[(list(REGIMES).index(regime) + CORNERS.index(case)) % 3]
     with plan.override(**REGIMES[regime]):
-        assert_matches_reference(op, draws(op, case, dtype, nonlinearity), implementation="triton", seed=seed)
+        assert_matches_reference(op, draws_for(op, case, dtype, nonlinearity), implementation="triton", seed=seed)
 
 
 @pytest.mark.usefixtures("poison")
@@ -82,7 +78,7 @@ def test_many_programs_and_one_step(op: str, dtype: torch.dtype, seed: int) -> N
     sync = plan.SYNCS[DTYPES.index(dtype)]
     case = Case(1, 35, 5, 70, time="reset", reverse=sync == "flags")
     with plan.override(regime="persistent", BB=16, BH=32, groups=2, sync=sync):
-        assert_matches_reference(op, draws(op, case, dtype), implementation="triton", seed=seed)
+        assert_matches_reference(op, draws_for(op, case, dtype), implementation="triton", seed=seed)
 
 
 @pytest.mark.full
@@ -93,7 +89,7 @@ def test_many_programs_and_one_step(op: str, dtype: torch.dtype, seed: int) -> N
 def test_outputs_and_gradients(case: Case, op: str, dtype: torch.dtype, seed: int) -> None:
     """The corners of the CPU's tests, by the regime that the shape would take."""
     for nonlinearity in NONLINEARITIES if op == "rnn" else ["tanh"]:
-        assert_matches_reference(op, draws(op, case, dtype, nonlinearity), implementation="triton", seed=seed)
+        assert_matches_reference(op, draws_for(op, case, dtype, nonlinearity), implementation="triton", seed=seed)
 
 
 @pytest.mark.full
@@ -102,7 +98,7 @@ def test_outputs_and_gradients(case: Case, op: str, dtype: torch.dtype, seed: in
 @pytest.mark.parametrize("used", ["y", "h_n"])
 def test_unused_outputs(used: str, op: str, seed: int) -> None:
     for case in (Case(3, 3, 4, 9, reverse=True, time="lengths+reset"), Case(1, 1, 1, 1)):
-        given = draws(op, case, torch.float32)
+        given = draws_for(op, case, torch.float32)
         assert_matches_reference(op, given, implementation="triton", used={used}, seed=seed)
 
 
@@ -214,7 +210,7 @@ def test_empty_batch() -> None:
 
 def with_options(case: Case, op: str, dtype: torch.dtype, by_rate: bool) -> list[dict[str, Any]]:
     """Draws that use all options that the kernels serve: zoneout by rates, or by masks."""
-    found = draws(op, case, dtype)
+    found = draws_for(op, case, dtype)
     for inputs in found:
         inputs["h_mask"] = ((torch.rand(case.B, case.H) < 0.7) / 0.75).to(dtype)
         if op == "lstm":

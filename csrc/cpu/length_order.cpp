@@ -84,29 +84,18 @@ class LengthOrder {
 class Copies {
  public:
   Copies(const LengthOrder& order, Storage storage, int64_t T, int64_t B, int threads)
-      : order_(order), storage_(storage), T_(T), B_(B), threads_(threads) {}
+      : order_(order), item_bytes_(bytes_of(storage)), T_(T), B_(B), threads_(threads) {}
 
   // [T, B, width], read or written by the kernel; null stays null. place() sets `pointer` to the copy.
   void read(const void*& pointer, int64_t width, int64_t& stride_t, int64_t& stride_b) {
-    if (pointer == nullptr || width == 0) return;
-    add({T_, width * bytes_of(storage_), stride_t * bytes_of(storage_), stride_b * bytes_of(storage_), pointer, nullptr,
-         &pointer, nullptr});
+    add({&pointer, pointer, false, T_, width * item_bytes_, stride_t * item_bytes_, stride_b * item_bytes_});
     stride_t = B_ * width, stride_b = width;
   }
-  void read(const void*& pointer, int64_t width) {
-    int64_t stride_t = B_ * width, stride_b = width;
-    read(pointer, width, stride_t, stride_b);
-  }
-  void write(void*& pointer, int64_t width) {
-    if (pointer) add(dense(T_, width, nullptr, pointer, nullptr, &pointer));
-  }
+  void read(const void*& pointer, int64_t width) { add(dense(&pointer, false, T_, width)); }
+  void write(void*& pointer, int64_t width) { add(dense(const_cast<const void**>(&pointer), true, T_, width)); }
   // [B, width]
-  void read_row(const void*& pointer, int64_t width) {
-    if (pointer) add(dense(1, width, pointer, nullptr, &pointer, nullptr));
-  }
-  void write_row(void*& pointer, int64_t width) {
-    if (pointer) add(dense(1, width, nullptr, pointer, nullptr, &pointer));
-  }
+  void read_row(const void*& pointer, int64_t width) { add(dense(&pointer, false, 1, width)); }
+  void write_row(void*& pointer, int64_t width) { add(dense(const_cast<const void**>(&pointer), true, 1, width)); }
   void read_flags(const uint8_t*& flags) {
     flags_at_ = bytes_;
     bytes_ += round_up(T_ * B_);
@@ -115,11 +104,7 @@ class Copies {
 
   int64_t bytes() const { return bytes_; }
   void place(char* base) {
-    for (Array& array : arrays_) {
-      array.copy = base + array.offset;
-      if (array.read) *array.read = array.copy;
-      if (array.write) *array.write = array.copy;
-    }
+    for (Array& array : arrays_) *array.pointer = array.copy = base + array.offset;
     uint8_t* flags = reinterpret_cast<uint8_t*>(base + flags_at_);
     for (int64_t t = 0; t < T_; ++t)
       for (int64_t i = 0; i < B_; ++i) flags[t * B_ + i] = (*flags_)[t * B_ + order_.row(i)];
@@ -130,20 +115,20 @@ class Copies {
 
  private:
   struct Array {
+    const void** pointer;                  // what the kernel is told
+    const void* callers;                   // the caller's array
+    bool written;                          // by the kernel, or else read
     int64_t T, bytes, stride_t, stride_b;  // of the caller's array: steps, and bytes of a row and between rows
-    const void* from;                      // the caller's, read by the kernel, or null
-    void* to;                              // the caller's, written by the kernel, or null
-    const void** read;
-    void** write;
     int64_t offset = 0;
     char* copy = nullptr;
   };
   static int64_t round_up(int64_t bytes) { return (bytes + kLineBytes - 1) / kLineBytes * kLineBytes; }
-  Array dense(int64_t T, int64_t width, const void* from, void* to, const void** read, void** write) const {
-    const int64_t bytes = width * bytes_of(storage_);
-    return {T, bytes, B_ * bytes, bytes, from, to, read, write};
+  Array dense(const void** pointer, bool written, int64_t T, int64_t width) const {
+    const int64_t bytes = width * item_bytes_;
+    return {pointer, *pointer, written, T, bytes, B_ * bytes, bytes};
   }
   void add(Array array) {
+    if (array.callers == nullptr || array.bytes == 0) return;
     array.offset = bytes_;
     bytes_ += round_up(array.T * B_ * array.bytes);
     arrays_.push_back(array);
@@ -156,12 +141,12 @@ class Copies {
   void run(bool in) const {
     int64_t bytes = 0;
     for (const Array& array : arrays_)
-      if ((array.from != nullptr) == in) bytes += array.T * B_ * array.bytes;
+      if (array.written != in) bytes += array.T * B_ * array.bytes;
     Pass pass{this, in};
     const ParallelBody body = [](void* context, int thread, int threads) {
       const Pass& pass = *static_cast<Pass*>(context);
       for (const Array& array : pass.copies->arrays_)
-        if ((array.from != nullptr) == pass.in) pass.copies->copy(array, thread, threads);
+        if (array.written != pass.in) pass.copies->copy(array, thread, threads);
     };
     run_parallel(bytes < kSerialBytes ? 1 : threads_, body, &pass);
   }
@@ -171,9 +156,10 @@ class Copies {
     for (int64_t t = array.T * thread / threads; t < array.T * (thread + 1) / threads; ++t)
       for (int64_t i = 0; i < B_; ++i) {
         const int64_t b = order_.row(i), there = t * array.stride_t + b * array.stride_b;
-        char* here = array.copy + (t * B_ + i) * array.bytes;
-        char* to = array.from ? here : static_cast<char*>(array.to) + there;
-        const char* from = array.from ? static_cast<const char*>(array.from) + there : here;
+        char* copy = array.copy + (t * B_ + i) * array.bytes;
+        char* callers = static_cast<char*>(const_cast<void*>(array.callers)) + there;
+        char* to = array.written ? callers : copy;
+        const char* from = array.written ? copy : callers;
         if (array.T > 1 && order_.is_padding(t, b))
           std::memset(to, 0, bytes);
         else
@@ -182,13 +168,21 @@ class Copies {
   }
 
   const LengthOrder& order_;
-  Storage storage_;
-  int64_t T_, B_;
+  int64_t item_bytes_, T_, B_;
   int threads_;
   std::vector<Array> arrays_;
   int64_t bytes_ = 0, flags_at_ = 0;
   const uint8_t** flags_ = nullptr;
 };
+
+// What forward and backward both read.
+template <typename Params>
+void read_inputs(Copies& copies, Params& ordered) {
+  copies.read(ordered.x, ordered.I, ordered.x_stride_t, ordered.x_stride_b);
+  copies.read_flags(ordered.flags);
+  copies.read_row(ordered.h0, ordered.P);
+  copies.read_row(ordered.c0, ordered.H);
+}
 
 template <typename Params>
 void run_with(Copies& copies, const Params& p, void (*kernel)(const Params&)) {
@@ -206,10 +200,7 @@ void run_by_length(const ForwardParams& p, int64_t gates, BatchCut cut, ForwardF
   if (!order) return kernel(p);
   ForwardParams ordered = p;
   Copies copies(order, p.storage, p.T, p.B, p.threads);
-  copies.read(ordered.x, p.I, ordered.x_stride_t, ordered.x_stride_b);
-  copies.read_flags(ordered.flags);
-  copies.read_row(ordered.h0, p.P);
-  copies.read_row(ordered.c0, p.H);
+  read_inputs(copies, ordered);
   copies.write(ordered.y, p.P);
   copies.write_row(ordered.h_n, p.P);
   copies.write_row(ordered.c_n, p.H);
@@ -221,12 +212,9 @@ void run_by_length(const BackwardParams& p, int64_t gates, BatchCut cut, Backwar
   if (!order) return kernel(p);
   BackwardParams ordered = p;
   Copies copies(order, p.storage, p.T, p.B, p.threads);
-  copies.read(ordered.x, p.I, ordered.x_stride_t, ordered.x_stride_b);
+  read_inputs(copies, ordered);
   copies.read(ordered.y, p.P);
   copies.read(ordered.grad_y, p.P, ordered.grad_y_stride_t, ordered.grad_y_stride_b);
-  copies.read_flags(ordered.flags);
-  copies.read_row(ordered.h0, p.P);
-  copies.read_row(ordered.c0, p.H);
   copies.read_row(ordered.grad_h_n, p.P);
   copies.read_row(ordered.grad_c_n, p.H);
   copies.write(ordered.dx, p.I);

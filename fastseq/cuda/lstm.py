@@ -32,34 +32,22 @@ def run_forward(
     steps, batch, hidden = y.shape
     plan = planning.choose(steps, batch, hidden, y.dtype, y.device, False, flags is not None)
     code, stride, stream = STORAGE[y.dtype], gates.stride(1), stream_of(y)
+    # What both forms for all steps take, between how they are cut and what is theirs alone.
+    whole = (
+        (steps, batch, hidden),
+        reverse,
+        c is not None,
+        address(gates),
+        stride,
+        *(address(value) for value in (w_hh, b_ih, b_hh, h_state, c_state, y, c, flags)),
+    )
     if plan.regime == "cluster":
-        extension().lstm_cluster_forward(
-            code,
-            plan.build,
-            plan.clusters,
-            (steps, batch, hidden),
-            reverse,
-            c is not None,
-            address(gates),
-            stride,
-            *(address(value) for value in (w_hh, b_ih, b_hh, h_state, c_state, y, c, flags)),
-            stream,
-        )
+        extension().lstm_cluster_forward(code, plan.build, plan.clusters, *whole, stream)
         return
     operand, next_operand = first_operand(h_state, flags, steps - 1 if reverse else 0)
     if plan.regime == "grid":
         exchange, signals = new_exchange(operand, None), new_signals(plan, y.device)
-        extension().lstm_grid_forward(
-            code,
-            plan.build,
-            (steps, batch, hidden),
-            reverse,
-            c is not None,
-            address(gates),
-            stride,
-            *(address(value) for value in (w_hh, b_ih, b_hh, h_state, c_state, y, c, flags, exchange, signals)),
-            stream,
-        )
+        extension().lstm_grid_forward(code, plan.build, *whole, address(exchange), address(signals), stream)
         return
     weights = w_hh.t()
     for t, after in in_time(steps, reverse):
@@ -97,35 +85,21 @@ def run_backward(
     plan = planning.choose(steps, batch, hidden, c0.dtype, c0.device, True, flags is not None)
     code, stream = STORAGE[c0.dtype], stream_of(c0)
     stride, dgates_stride = gates.stride(1), dgates.stride(1)
+    whole = (
+        (steps, batch, hidden),
+        reverse,
+        *(address(value) for value in (grad_y, w_hh, gates)),
+        stride,
+        *(address(value) for value in (c, c0, dgates)),
+        dgates_stride,
+        *(address(value) for value in (dh_state, dc_state, flags)),
+    )
     if plan.regime == "cluster":
-        extension().lstm_cluster_backward(
-            code,
-            plan.build,
-            plan.clusters,
-            (steps, batch, hidden),
-            reverse,
-            *(address(value) for value in (grad_y, w_hh, gates)),
-            stride,
-            *(address(value) for value in (c, c0, dgates)),
-            dgates_stride,
-            *(address(value) for value in (dh_state, dc_state, flags)),
-            stream,
-        )
+        extension().lstm_cluster_backward(code, plan.build, plan.clusters, *whole, stream)
         return
     if plan.regime == "grid":
         signals = new_signals(plan, c0.device)
-        extension().lstm_grid_backward(
-            code,
-            plan.build,
-            (steps, batch, hidden),
-            reverse,
-            *(address(value) for value in (grad_y, w_hh, gates)),
-            stride,
-            *(address(value) for value in (c, c0, dgates)),
-            dgates_stride,
-            *(address(value) for value in (dh_state, dc_state, flags, signals)),
-            stream,
-        )
+        extension().lstm_grid_backward(code, plan.build, *whole, address(signals), stream)
         return
     # Backwards in time: the step that comes next here is the one before in the direction.
     product = None
