@@ -69,7 +69,7 @@ ForwardParams forward_params(int storage, int activation, const std::vector<std:
                              std::int64_t x_stride_t, std::int64_t x_stride_b, Address h0, Address c0, Address w_ih,
                              Address w_hh, Address b_ih, Address b_hh, Address w_hr, Address flags, bool reverse,
                              Address y, Address h_n, Address c_n, Address c, Address gates, const LayerOptions* options,
-                             int threads) {
+                             bool any_order, int threads) {
   ForwardParams p{};
   set_sizes(p, storage, activation, sizes, threads);
   require(((x && w_ih) || sizes[2] == 0) && h0 && w_hh && y && h_n, "x, h0, w_ih, w_hh, y and h_n");
@@ -82,6 +82,7 @@ ForwardParams forward_params(int storage, int activation, const std::vector<std:
   p.y = pointer(y), p.h_n = pointer(h_n), p.c_n = pointer(c_n);
   p.c = pointer(c), p.gates = pointer(gates);
   p.options = options;
+  p.any_order = any_order;
   return p;
 }
 

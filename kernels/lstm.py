@@ -844,7 +844,7 @@ def lstm_fwd(
     w_hr: Tensor | None,
     flags: Tensor | None,
     reverse: bool,
-    save: bool,
+    save: int,
     *,
     h_mask: Tensor | None = None,
     zoneout_h: Tensor | float | None = None,

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 #include <numeric>
+#include <stdexcept>
 #include <vector>
 
 #include "parallel.h"
@@ -26,29 +27,54 @@ struct Tiles {
   int64_t first(int64_t tile) const { return rows * tile / count(); }
 };
 
-// The caller's rows in the order of the kernel, or nothing where their own order is as good.
+// A batch so large is not ordered: a float32 tape must hold the distance between two rows exactly.
+constexpr int64_t kMostRows = int64_t{1} << 24;
+
+// Behind the gates of row i of the tape's first step stands how far the caller's row is from row i. So a part of a tape
+// or a row of copies, as vmap makes them, still tells the truth.
+template <typename Tape>
+struct Distances {
+  Tape* first;
+  int64_t stride;
+  Distances(Tape* gates, int64_t H, int64_t count)
+      : first(gates + count * tape_width(H)), stride(gates_width(H, count)) {}
+  Tape& operator[](int64_t row) const { return first[row * stride]; }
+};
+
+// The caller's rows in the order of the kernel, or nothing where they are in their own order.
 class LengthOrder {
  public:
-  LengthOrder(const uint8_t* flags, int64_t T, int64_t B, int64_t H, int64_t gates, BatchCut cut)
-      : flags_(flags), B_(B), length_(static_cast<size_t>(B), 0) {
-    const Tiles tiles{B, cut.most};
+  LengthOrder(const ForwardParams& p, int64_t gates, BatchCut cut)
+      : flags_(p.flags), B_(p.B), length_(static_cast<size_t>(B_), 0) {
+    const Tiles tiles{B_, cut.most};
     // Two threads with a tile each wait for the one whose sequences are longer.
-    if (tiles.count() < (cut.shared ? 2 : 3)) return;
-    for (int64_t t = 0; t < T; ++t)
-      for (int64_t b = 0; b < B; ++b) length_[b] += is_padding(t, b) ? 0 : 1;
-    std::vector<int64_t> longest_first(static_cast<size_t>(B));
+    if (!p.any_order || tiles.count() < (cut.shared ? 2 : 3) || B_ > kMostRows) return;
+    for (int64_t t = 0; t < p.T; ++t)
+      for (int64_t b = 0; b < B_; ++b) length_[b] += is_padding(t, b) ? 0 : 1;
+    std::vector<int64_t> longest_first(static_cast<size_t>(B_));
     std::iota(longest_first.begin(), longest_first.end(), 0);
     const int64_t before = steps(tiles, longest_first);
     std::stable_sort(longest_first.begin(), longest_first.end(),
                      [this](int64_t a, int64_t b) { return length_[a] > length_[b]; });
     const std::vector<int64_t> dealt = deal(tiles, longest_first);
     const int64_t valid = std::accumulate(length_.begin(), length_.end(), int64_t{0});
-    if ((before - steps(tiles, dealt)) * gates * H > kCopyCost * valid) row_ = dealt;
+    if ((before - steps(tiles, dealt)) * gates * p.H > kCopyCost * valid) row_ = dealt;
+  }
+  // The order that the tape says it has.
+  LengthOrder(const BackwardParams& p, int64_t gates) : flags_(p.flags), B_(p.B) {
+    p.storage == Storage::kFloat64 ? read(Distances(static_cast<const double*>(p.gates), p.H, gates))
+                                   : read(Distances(static_cast<const float*>(p.gates), p.H, gates));
   }
 
   explicit operator bool() const { return !row_.empty(); }
   int64_t row(int64_t place) const { return row_[place]; }
   bool is_padding(int64_t t, int64_t b) const { return flags_[t * B_ + b] & kFlagPadding; }
+
+  void write(const ForwardParams& p, int64_t gates) const {
+    if (p.gates == nullptr) return;
+    p.storage == Storage::kFloat64 ? write(Distances(static_cast<double*>(p.gates), p.H, gates))
+                                   : write(Distances(static_cast<float*>(p.gates), p.H, gates));
+  }
 
  private:
   // Steps of single rows that the kernel takes in this order.
@@ -73,6 +99,25 @@ class LengthOrder {
       for (int64_t i = tiles.first(tile); i < tiles.first(tile + 1); ++i) dealt[i] = *next++;
     }
     return dealt;
+  }
+
+  template <typename Real>
+  void write(const Distances<Real>& distances) const {
+    for (int64_t i = 0; i < B_; ++i) distances[i] = static_cast<Real>(row_.empty() ? 0 : row_[i] - i);
+  }
+  template <typename Real>
+  void read(const Distances<Real>& distances) {
+    int64_t i = 0;
+    while (i < B_ && distances[i] == 0) ++i;
+    if (i == B_) return;
+    row_.resize(static_cast<size_t>(B_));
+    std::vector<bool> seen(static_cast<size_t>(B_), false);
+    for (i = 0; i < B_; ++i) {
+      const double row = static_cast<double>(distances[i]) + static_cast<double>(i);
+      if (!(row >= 0 && row < static_cast<double>(B_)) || seen[row_[i] = static_cast<int64_t>(row)])
+        throw std::invalid_argument("the tape is not one that a forward of this layer left");
+      seen[row_[i]] = true;
+    }
   }
 
   const uint8_t* flags_;
@@ -193,11 +238,7 @@ void run_with(Copies& copies, const Params& p, void (*kernel)(const Params&)) {
   copies.hand_back();
 }
 
-}  // namespace
-
-void run_by_length(const ForwardParams& p, int64_t gates, BatchCut cut, ForwardFn kernel) {
-  const LengthOrder order(p.flags, p.T, p.B, p.H, gates, cut);
-  if (!order) return kernel(p);
+void run_in(const LengthOrder& order, const ForwardParams& p, ForwardFn kernel) {
   ForwardParams ordered = p;
   Copies copies(order, p.storage, p.T, p.B, p.threads);
   read_inputs(copies, ordered);
@@ -207,9 +248,7 @@ void run_by_length(const ForwardParams& p, int64_t gates, BatchCut cut, ForwardF
   run_with(copies, ordered, kernel);
 }
 
-void run_by_length(const BackwardParams& p, int64_t gates, BatchCut cut, BackwardFn kernel) {
-  const LengthOrder order(p.flags, p.T, p.B, p.H, gates, cut);
-  if (!order) return kernel(p);
+void run_in(const LengthOrder& order, const BackwardParams& p, BackwardFn kernel) {
   BackwardParams ordered = p;
   Copies copies(order, p.storage, p.T, p.B, p.threads);
   read_inputs(copies, ordered);
@@ -221,6 +260,19 @@ void run_by_length(const BackwardParams& p, int64_t gates, BatchCut cut, Backwar
   copies.write_row(ordered.dh0, p.P);
   copies.write_row(ordered.dc0, p.H);
   run_with(copies, ordered, kernel);
+}
+
+}  // namespace
+
+void run_by_length(const ForwardParams& p, int64_t gates, BatchCut cut, ForwardFn kernel) {
+  const LengthOrder order(p, gates, cut);
+  order ? run_in(order, p, kernel) : kernel(p);
+  order.write(p, gates);
+}
+
+void run_by_length(const BackwardParams& p, int64_t gates, BatchCut, BackwardFn kernel) {
+  const LengthOrder order(p, gates);
+  order ? run_in(order, p, kernel) : kernel(p);
 }
 
 }  // namespace fastseq

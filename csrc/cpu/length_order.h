@@ -14,9 +14,10 @@ struct BatchCut {
   bool shared;   // whether two threads work on the same tiles, and do not take one each
 };
 
-// Runs a kernel of a layer with flags and without options, on copies where that saves more than they cost. The tape is
-// then in the order of length too, the same in forward and backward. gates: 4, or 1 of an Elman layer.
+// Runs a kernel of a layer with flags and without options; where `any_order` allows it and it saves more than it costs,
+// on copies in the order of length. The tape is then in that order too and says so; the backward goes by what the tape
+// says, whatever it would choose itself. gates: 4, or 1 of an Elman layer.
 void run_by_length(const ForwardParams& p, int64_t gates, BatchCut cut, ForwardFn kernel);
-void run_by_length(const BackwardParams& p, int64_t gates, BatchCut cut, BackwardFn kernel);
+void run_by_length(const BackwardParams& p, int64_t gates, BatchCut, BackwardFn kernel);
 
 }  // namespace fastseq

@@ -60,6 +60,7 @@ struct ForwardParams {
   void *y, *h_n, *c_n;  // [T, B, P], [B, P], [B, H]
   void *c, *gates;  // tape [T, B, tape_width] and [T, B, gates_width] in arithmetic type, or null; Elman: f'(a), no c
   const LayerOptions* options;  // or null
+  bool any_order;               // whether the tape may have the batch in another order, for a backward alone to read
   int threads;
 };
 

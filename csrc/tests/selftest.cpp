@@ -93,6 +93,7 @@ Results by_kernels(const KernelTable& table, const Problem& p, const Data& d) {
   const bool recompute = asked.options.recompute;
   forward.c = c.data(), forward.gates = recompute ? nullptr : gates.data();
   forward.options = p.optional() ? &asked.options : nullptr;
+  forward.any_order = true;
   forward.threads = p.threads;
   (p.lstm ? table.lstm_forward : table.rnn_forward)(forward);
 

@@ -21,7 +21,7 @@ from fastseq.cpu.memory import (
 )
 from fastseq.cpu.options import Given, KernelOptions, per_step, reset_gradient
 from fastseq.ops.needs import NEEDS_MASK, NEEDS_RESET, NEEDS_STATE, NEEDS_WEIGHTS, NEEDS_X
-from fastseq.ops.tape import accumulate_dtype, tape_shapes
+from fastseq.ops.tape import KEEP, accumulate_dtype, tape_shapes
 
 
 def _check(
@@ -66,7 +66,7 @@ def lstm_fwd(
     w_hr: Tensor | None,
     flags: Tensor | None,
     reverse: bool,
-    save: bool,
+    save: int,
     *,
     options: Given | None = None,
     recompute: bool = False,
@@ -106,6 +106,7 @@ def lstm_fwd(
         address(c),
         address(gates),
         None if extra is None else extra.handle,
+        options is None and save != KEEP,
         torch.get_num_threads(),
     )
     return y, h_n, c_n, c, gates

@@ -21,7 +21,7 @@ from fastseq.cpu.memory import (
 )
 from fastseq.cpu.options import Given, KernelOptions, per_step, reset_gradient
 from fastseq.ops.needs import NEEDS_MASK, NEEDS_RESET, NEEDS_STATE, NEEDS_WEIGHTS, NEEDS_X
-from fastseq.ops.tape import accumulate_dtype, slopes_shape
+from fastseq.ops.tape import KEEP, accumulate_dtype, slopes_shape
 
 ACTIVATIONS = {"tanh": 0, "relu": 1, "sigmoid": 2}
 
@@ -66,7 +66,7 @@ def rnn_fwd(
     flags: Tensor | None,
     nonlinearity: str,
     reverse: bool,
-    save: bool,
+    save: int,
     *,
     options: Given | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -103,6 +103,7 @@ def rnn_fwd(
         0,
         address(slopes),
         None if extra is None else extra.handle,
+        options is None and save != KEEP,
         torch.get_num_threads(),
     )
     return y, h_n, slopes

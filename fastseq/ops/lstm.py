@@ -191,7 +191,7 @@ def layer(
         )
     _check(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr)
     if options is None and not recompute and not return_states:
-        y, h_n, c_n, _c, _gates = _fwd(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, flags, reverse, False)
+        y, h_n, c_n, _c, _gates = _fwd(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, flags, reverse, 0)
         return y, h_n, c_n
     if recompute and return_states:
         raise ValueError("recompute: expected False with return_states, which returns the gates that it would not keep")
@@ -316,7 +316,7 @@ def _fake_fwd(
     w_hr: Tensor | None,
     flags: Tensor | None,
     reverse: bool,
-    save: bool,
+    save: int,
 ) -> tuple[Tensor, ...]:
     steps, batch, hidden = x.shape[0], x.shape[1], w_hh.shape[0] // 4
     outputs = h0.shape[1]
@@ -397,7 +397,7 @@ def _used_by_fwd(*args: Any) -> list[str]:
         args[first + len(_OPTION_INPUTS) : -1],
         args[-1],
     )
-    return _used(tensors, settings, with_backward=save)
+    return _used(tensors, settings, with_backward=save != 0)
 
 
 def _used_by_bwd(*args: Any) -> list[str]:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastseq.ops import tape as tapes
 from fastseq.ops import transforms
 from fastseq.ops.dispatch import library, register_kernels
 from fastseq.reference.common import gradients
@@ -57,7 +58,8 @@ class Operation:
 
     The schemas are
 
-    - ``<name>_fwd(inputs, settings, bool save) -> (outputs, tape)``, the tape being empty unless ``save``;
+    - ``<name>_fwd(inputs, settings, int save) -> (outputs, tape)``, the tape being empty unless ``save``, which
+      :mod:`fastseq.ops.tape` explains;
     - ``<name>_bwd(grad_outputs, inputs, y, tape, settings, int needs) -> gradients``, with ``y`` the first output, and
       ``grad_outputs`` None where no gradient came. A gradient that ``needs`` does not ask for comes back as ``[0]``;
     - ``<name>_bwd_``, the same, free to overwrite the last tensor of the tape: for eager mode, when the graph is not
@@ -131,7 +133,7 @@ class Operation:
         taken = [f"Tensor{'?' * operand.optional} {operand.name}" for operand in self.inputs]
         tape = [f"Tensor {result.name}" for result in self.tape]
         given = ", ".join([f"Tensor {result.name}" for result in self.outputs] + tape)
-        library.define(f"{self.name}_fwd({', '.join([*taken, *settings, 'bool save'])}) -> ({given})", tags=_TAGS)
+        library.define(f"{self.name}_fwd({', '.join([*taken, *settings, 'int save'])}) -> ({given})", tags=_TAGS)
         arriving = [f"Tensor? grad_{result.name}" for result in self.received]
         kept = [f"Tensor {self.outputs[0].name}", *tape]
         gradients = ", ".join(f"Tensor d{self.inputs[places[0]].name}" for places in self.slots)
@@ -201,7 +203,8 @@ class Operation:
         if any(in_dims[place] is not None for place in self.weights):
             return transforms.one_by_one(self.fwd, info.batch_size, in_dims, args)
         batch = [operand.batch for operand in self.inputs]
-        results = self.fwd(*transforms.fold_all(args, in_dims, info.batch_size, batch))
+        *given, save = transforms.fold_all(args, in_dims, info.batch_size, batch)
+        results = self.fwd(*given, tapes.KEEP if save else 0)
         return transforms.unfold(results, info.batch_size, [result.batch for result in (*self.outputs, *self.tape)])
 
     def _vmap_bwd(
@@ -229,7 +232,8 @@ def _forward_function(op: Operation) -> type[transforms.Function]:
         @staticmethod
         def forward(ctx: Any, keyset: torch._C.DispatchKeySet, *args: Any) -> tuple[Tensor, ...]:
             save = args[-1]
-            results = transforms.redispatch(op.fwd, keyset, *args[:-1], True)
+            how = tapes.ANY_ORDER if not save and not torch._C._are_functorch_transforms_active() else tapes.KEEP
+            results = transforms.redispatch(op.fwd, keyset, *args[:-1], how)
             tape = results[outputs:]
             ctx.save_for_backward(*args[:taken], results[0], *tape)
             ctx.settings = args[taken:-1]

@@ -120,7 +120,7 @@ def layer(
         )
     _check(x, h0, w_ih, w_hh, b_ih, b_hh)
     if reset_state is None and h_mask is None and grad_clip is None and not recompute:
-        y, h_n, _slopes = _fwd(x, h0, w_ih, w_hh, b_ih, b_hh, flags, nonlinearity, reverse, False)
+        y, h_n, _slopes = _fwd(x, h0, w_ih, w_hh, b_ih, b_hh, flags, nonlinearity, reverse, 0)
         return y, h_n
     steps, batch, hidden = x.shape[0], x.shape[1], h0.shape[1]
     check_kinds((("x", x), ("h_mask", h_mask), ("reset_state", reset_state)), frozenset(("h_mask", "reset_state")))
@@ -130,7 +130,7 @@ def layer(
         reset_state = reset_state if reset_state.dim() == 3 else reset_state.unsqueeze(0)
     check_limits((("grad_clip", grad_clip),))
     settings = nonlinearity, reverse, grad_clip, recompute
-    y, h_n, _slopes = _options_fwd(x, h0, w_ih, w_hh, b_ih, b_hh, flags, reset_state, h_mask, *settings, False)
+    y, h_n, _slopes = _options_fwd(x, h0, w_ih, w_hh, b_ih, b_hh, flags, reset_state, h_mask, *settings, 0)
     return y, h_n
 
 
@@ -168,7 +168,7 @@ def _fake_fwd(
     flags: Tensor | None,
     nonlinearity: str,
     reverse: bool,
-    save: bool,
+    save: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     steps, batch, hidden = x.shape[0], x.shape[1], h0.shape[1]
     shape = slopes_shape(steps, batch, hidden) if save else (0,)

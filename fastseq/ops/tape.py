@@ -14,8 +14,9 @@ or, of an Elman layer,
 with Hp the hidden size rounded up to :data:`LANES`, so that a kernel works on whole vectors and never has a remainder
 loop. The columns beyond are finite but undefined. Both are in :func:`accumulate_dtype`.
 
-Without options a kernel may keep its tape with the batch in another order, that of the sequences' lengths: a backward
-follows a forward of the same backend and, of the C++ kernels, the same instruction set.
+A forward's argument ``save`` asks for a tape: :data:`KEEP`, or :data:`ANY_ORDER`, which leaves it to the kernel to keep
+the batch in another order than the caller's, such as that of the sequences' lengths. The C++ kernels write behind the
+gates of each row of the first step how far its sequence is from there in the caller's order; others leave zero.
 """
 
 from __future__ import annotations
@@ -26,6 +27,11 @@ from torch import Tensor
 from fastseq.ops.flags import PADDING
 
 LANES = 16
+
+KEEP = 1
+#: Only where the very same rows come to the backward: neither to whoever reads the tape, nor to vmap, which may take
+#: apart again what it had folded into one batch.
+ANY_ORDER = 2
 
 
 def padded(hidden: int) -> int:

@@ -126,7 +126,7 @@ def rnn_options_fwd(
     reverse: bool,
     grad_clip: float | None,
     recompute: bool,
-    save: bool,
+    save: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The kernel ``fastseq::rnn_options_fwd``: as :func:`rnn_fwd`, with everything that :class:`Options` names.
 
