@@ -30,14 +30,14 @@ RECIPES: dict[str, dict[str, Any]] = {
         "tol": 0.0,
         "max_iter": 400,
     },
-    # Adam, large batches and bfloat16 in place of the paper's 300,000 steps of SGD.
+    # Adam, larger batches and bfloat16 in place of the paper's 300,000 steps of SGD: what two cores do in 20 minutes.
     "mnist": {
         "n_clusters": 10,
-        "pretrain_epochs": 300,
-        "pretrain_batch_size": 1024,
+        "pretrain_epochs": 100,
+        "pretrain_batch_size": 512,
         "precision": "bfloat16",
         "update_interval": 140,
-        "max_iter": 15_000,
+        "max_iter": 12_000,
     },
     # One wide layer: k-means of its codes came to 68 to 71%, of a deep encoder's to 63%. The target P favours clusters
     # of equal size, and the topics have 57, 32, 5 and 5% of the stories: what trains long loses accuracy, so the joint
