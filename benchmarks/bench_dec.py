@@ -210,23 +210,36 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--data-dir", type=Path, help="where the data set is (FASTSEQ_DATA)")
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0 … N - 1 (%(default)s)")
     parser.add_argument("--first-seed", type=int, default=0, help="further seeds join those that are stored")
-    parser.add_argument("--no-peer", action="store_true", help="leave ClustPy out")
+    peer = parser.add_mutually_exclusive_group()
+    peer.add_argument("--no-peer", action="store_true", help="leave ClustPy out")
+    peer.add_argument("--peer-only", action="store_true", help="add ClustPy to seeds that are stored without it")
     parser.add_argument("--progress", action="store_true", help="show bars")
     args = parser.parse_args(argv)
     data, recipe = LOADERS[args.data](args.data_dir), dict(RECIPES[args.data])
     stored = read()
-    entry = {
-        "environment": environment(),
-        "recipe": recipe,
-        "points": data.data.shape[0],
-        "features": data.data.shape[1],
-        "results": [],
-    }
-    if args.first_seed and args.data in stored:
-        entry["results"] = [one for one in stored[args.data]["results"] if one["seed"] < args.first_seed]
-    for seed in range(args.first_seed, args.first_seed + args.seeds):
-        results = measure(data, recipe, seed, args.progress)
-        if not args.no_peer and util.find_spec("clustpy") is not None:
+    seeds = range(args.first_seed, args.first_seed + args.seeds)
+    with_peer = not args.no_peer and util.find_spec("clustpy") is not None
+    if args.peer_only:
+        if not with_peer:
+            parser.error("--peer-only: ClustPy is not installed (pip install clustpy)")
+        entry = stored.get(args.data, {})
+        if json.dumps(entry.get("recipe")) != json.dumps(recipe):
+            parser.error(f"--peer-only: {RESULTS} has no results of {args.data} by today's recipe")
+        entry["environment"]["clustpy"] = environment()["clustpy"]
+        entry["results"] = [one for one in entry["results"] if one["method"] != METHODS[5] or one["seed"] not in seeds]
+    else:
+        entry = {
+            "environment": environment(),
+            "recipe": recipe,
+            "points": data.data.shape[0],
+            "features": data.data.shape[1],
+            "results": [],
+        }
+        if args.first_seed and args.data in stored:
+            entry["results"] = [one for one in stored[args.data]["results"] if one["seed"] < args.first_seed]
+    for seed in seeds:
+        results = [] if args.peer_only else measure(data, recipe, seed, args.progress)
+        if with_peer:
             results.append(measure_clustpy(data, recipe, seed))
         entry["results"] += [asdict(result) for result in results]
         # After each seed, since the runs are long, and beside what a run of other data has written meanwhile.
