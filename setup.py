@@ -66,22 +66,29 @@ class BuildExtension(build_ext):
         Path(self.build_temp).mkdir(parents=True, exist_ok=True)
         includes = [str(path) for path in ext.include_dirs]
 
-        def compile_set(item: tuple[str, list[str]]) -> list[str]:
-            name, flags = item
+        sets = {n: f for n, f in INSTRUCTION_SETS[machine].items() if n not in OPTIONAL or self.knows(n, f)}
+        macros = [*ext.define_macros, *((f"FASTSEQ_HAS_{name.upper()}", "1") for name in OPTIONAL if name in sets)]
+
+        def compile_source(item: tuple[str, list[str]]) -> list[str]:
+            source, flags = item
             objects: list[str] = self.compiler.compile(
-                [f"csrc/cpu/isa/{name}.cpp"],
+                [source],
                 output_dir=self.build_temp,
+                macros=macros,
                 include_dirs=includes,
                 extra_postargs=[*ext.extra_compile_args, *flags],
                 depends=ext.depends,
             )
             return objects
 
-        sets = {n: f for n, f in INSTRUCTION_SETS[machine].items() if n not in OPTIONAL or self.knows(n, f)}
-        ext.define_macros += [(f"FASTSEQ_HAS_{name.upper()}", "1") for name in OPTIONAL if name in sets]
-        with ThreadPoolExecutor(os.cpu_count()) as pool:  # each takes most of a minute, in a process of its own
-            for objects in pool.map(compile_set, sets.items()):
+        # A set takes most of a minute, the other sources less; each is compiled in a process of its own.
+        work = [(f"csrc/cpu/isa/{name}.cpp", flags) for name, flags in sets.items()]
+        work += [(source, []) for source in ext.sources]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for objects in pool.map(compile_source, work):
                 ext.extra_objects += objects
+        # What is left to do is to link.
+        ext.depends, ext.sources = [*ext.depends, *ext.sources], []
         super().build_extension(ext)
 
     def knows(self, name: str, flags: list[str]) -> bool:

@@ -15,14 +15,8 @@ from benchmarks import cuda_resources
 NVCC = cuda_build.nvcc()
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="needs nvcc")
 JOBS = [(source, target) for source, targets in cuda_build.CUDA_SOURCES.items() for target in targets]
-# One dtype of each kernel for one target; the other dtype differs in an instruction.
-QUICK = {
-    ("lstm_cluster_forward_bfloat16.cu", "sm_90a"),
-    ("lstm_cluster_backward_bfloat16.cu", "sm_90a"),
-    ("lstm_grid_bfloat16.cu", "sm_80"),
-    ("cells_launch.cu", "sm_80"),
-    ("facts.cu", "sm_100a"),
-}
+# Of the quick tier one source for each target.
+QUICK = {("lstm_cluster_forward_bfloat16.cu", "sm_90a"), ("cells_launch.cu", "sm_80"), ("facts.cu", "sm_100a")}
 
 
 @needs_nvcc
