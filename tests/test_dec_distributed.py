@@ -10,6 +10,7 @@ import pytest
 import torch
 from dec_cases import SMALL, points
 
+from fastseq.autoencoder.ranks import leave
 from fastseq.cluster import DEC
 
 STEPS = {"dtype": "float64", "pretrain_epochs": 2, "max_iter": 20, "clustering_noise": 0.1, "n_pretrain": 2}
@@ -34,7 +35,7 @@ def main(folder, target, weight):
     rank = distributed.get_rank()
     np.savez(Path(folder) / f"{rank}.npz", centers=model.cluster_centers_, labels=model.labels_, **state)
     (Path(folder) / f"{rank}.json").write_text(json.dumps(model.history_))
-    distributed.destroy_process_group()
+    leave()
 
 
 @pytest.mark.parametrize(("target", "weight"), [("stored", 0.0), pytest.param("streamed", 2.0, marks=pytest.mark.full)])

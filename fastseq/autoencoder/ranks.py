@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 
 import torch
@@ -60,3 +61,14 @@ class Ranks:
             return module
         device = next(module.parameters()).device
         return nn.parallel.DistributedDataParallel(module, device_ids=None if device.type == "cpu" else [device])
+
+
+def leave() -> None:
+    """Leaves torch's default process group, as the last thing that a process does.
+
+    DistributedDataParallel keeps references to the group, so that gloo's threads outlive it. One that lets go of the
+    last step's tensors while the interpreter is being torn down aborts the process (pytorch/pytorch#179291): they get
+    a moment for it.
+    """
+    distributed.destroy_process_group()
+    time.sleep(0.2)

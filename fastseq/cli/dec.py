@@ -142,6 +142,8 @@ def processes() -> Iterator[bool]:
     import torch
     from torch import distributed
 
+    from fastseq.autoencoder.ranks import leave
+
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield True
         return
@@ -149,7 +151,7 @@ def processes() -> Iterator[bool]:
     try:
         yield distributed.get_rank() == 0
     finally:
-        distributed.destroy_process_group()
+        leave()
 
 
 def scores(labels: Any, clusters: Any) -> dict[str, float]:
