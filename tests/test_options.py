@@ -204,8 +204,8 @@ def test_gates_made_again_in_several_chunks(op: str, names: tuple[str, ...], see
     """
     names = tuple(name for name in names if name != "cell_clip")
     cases = (
-        (Case(41, 33, 6, 20, P=7, time="lengths+reset"), torch.float32),
-        (Case(41, 33, 6, 20, reverse=True, time="lengths"), torch.bfloat16),
+        (Case(7, 201, 6, 20, P=13, time="lengths+reset"), torch.float32),
+        (Case(6, 230, 6, 20, reverse=True, time="lengths"), torch.bfloat16),
         (Case(4, 300, 5, 17, reverse=True), torch.float64),
         (Case(3, 600, 5, 17, P=9), torch.float32),
     )
