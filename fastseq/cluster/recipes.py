@@ -4,8 +4,8 @@ No fit sees a label, but the recipes of digits and Reuters-21578 were chosen by 
 the kind side. Digits: about twenty recipes were looked at, most on some of the seeds 0 to 7 only. One that kept eight
 seeds of eight above 80% with two threads lost two of five with one, which rounds otherwise: hence ``n_pretrain``. What
 is here now was then run on seeds 0 to 8, and none was left out. Reuters-21578: about ten on seeds 0 and 1;
-``n_pretrain`` was added after seed 2 had come to 58%. The others start from published recipes and have not been tried
-out.
+``n_pretrain`` was added after seed 2 had come to 58%. MNIST: the recipe below, on seed 0 alone, came to 83.3%. The
+others start from published recipes and have not been tried out.
 """
 
 from __future__ import annotations
