@@ -82,6 +82,8 @@ class Clustering {
     if (!p_.dcenters) return;
     barrier_->wait(threads);
     add_up_sums(split(divide_up(p_.K * p_.d, kLanes<Real>), threads, thread));
+    barrier_->wait(threads);
+    store_center_gradients(split(p_.K, threads, thread), gradient_ + thread * stretch_ * p_.d * kGroupStride<Real>);
   }
 
   void finish() {
@@ -122,10 +124,16 @@ class Clustering {
       for (int64_t j = 0; j < p_.K; j += kReduceCenters) {
         if (s.gradient_totals && j % kSumCenters == 0) move_to_totals(s, numbers);
         const int centers = static_cast<int>(p_.K - j < kReduceCenters ? p_.K - j : kReduceCenters);
-        int64_t k = 0;
-        for (; k + kTileFeatures <= p_.d; k += kTileFeatures) gradient_tile<kTileFeatures>(s, j, centers, k);
-        if (kTileFeatures == 4 && k + 2 <= p_.d) gradient_tile<2>(s, j, centers, k), k += 2;
-        if (k < p_.d) gradient_tile<1>(s, j, centers, k);
+        for (int64_t k = 0; k < p_.d; k += tile_features(k)) switch (tile_features(k)) {
+            case kTileFeatures:
+              gradient_tile<kTileFeatures>(s, j, centers, k);
+              break;
+            case kTileFeatures / 2:
+              gradient_tile<kTileFeatures / 2>(s, j, centers, k);
+              break;
+            default:
+              gradient_tile<1>(s, j, centers, k);
+          }
       }
       if (s.gradient_totals) move_to_totals(s, numbers);
       const Real* gradient = s.gradient_totals ? s.gradient_totals : s.gradient;
@@ -180,7 +188,7 @@ class Clustering {
   struct Stretch {
     Real *points, *gradient, *weights;
     Real* gradient_totals;  // like gradient, for more than kSumCenters centres, or null
-    Real* sums;             // [K, d], or null
+    Real* sums;             // tile by tile of features [K][tile_features(k)], or null
     int64_t groups;
   };
 
@@ -213,9 +221,9 @@ class Clustering {
       Vec<Real> block[n];
       FASTSEQ_UNROLL
       for (int i = 0; i < n; ++i) block[i] = load(sums + (first + i) * n);
-      const Vec<Real> summed = sum_lanes<Real>(block);
-      for (int i = 0; i < n && first + i < centers * kFeatures; ++i)
-        s.sums[(j + (first + i) / kFeatures) * p_.d + k + (first + i) % kFeatures] += summed[i];
+      Real* to = s.sums + k * p_.K + j * kFeatures + first;
+      const int inside = lanes_inside<Real>(centers * kFeatures, first);
+      store_part(to, load_part(to, inside) + sum_lanes<Real>(block), inside);
     }
   }
 
@@ -256,14 +264,26 @@ class Clustering {
     }
   }
 
-  // The blocks' sums in order, for some vectors of [K, d].
+  // Features of the tile that begins with feature k.
+  int tile_features(int64_t k) const {
+    const int64_t left = p_.d - k;
+    return left >= kTileFeatures ? kTileFeatures : left >= kTileFeatures / 2 ? kTileFeatures / 2 : 1;
+  }
+  // Some vectors of all blocks' sums into those of the first block, in order.
   void add_up_sums(Range vectors) const {
     for (int64_t i = vectors.begin; i < vectors.end; ++i) {
       const int64_t at = i * kLanes<Real>;
       Vec<Real> sum = load(sums_of(0) + at);
       for (int64_t block = 1; block < blocks_; ++block) sum = sum + load(sums_of(block) + at);
-      store_as<Real>(p_.gradient_storage, p_.dcenters, at, sum * broadcast(gradient_scale_),
-                     lanes_inside<Real>(p_.K * p_.d, at));
+      store(sums_of(0) + at, sum * broadcast(gradient_scale_));
+    }
+  }
+  // row: room for d numbers
+  void store_center_gradients(Range centers, Real* row) const {
+    for (int64_t j = centers.begin; j < centers.end; ++j) {
+      for (int64_t k = 0; k < p_.d; k += tile_features(k))
+        for (int i = 0; i < tile_features(k); ++i) row[k + i] = sums_of(0)[k * p_.K + j * tile_features(k) + i];
+      store_rows<Real>(p_.gradient_storage, row, p_.d, at(p_.dcenters, p_.gradient_storage, j * p_.d), p_.d, 1, p_.d);
     }
   }
 

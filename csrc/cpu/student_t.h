@@ -12,7 +12,8 @@
 //
 // Where a point is close to one centre, its q is nearly 1, and whatever is made of 1 - q would lose its digits. So that
 // centre, called the nearest here (of several equally near the first), is left out of the sums, which then are sums of
-// small numbers, and what belongs to it is made of those: 1 - q = sum of the other q, and so on.
+// small numbers, and what belongs to it is made of those: 1 - q = sum of the other q, and so on. It is left out by a
+// zero in its place, and its weight is put there at the end: one visit a point, and none a point and centre.
 #pragma once
 
 #include "distances.h"
@@ -67,6 +68,7 @@ class StudentT {
     CarefulSum<Real> others;
     Lanes<Real> nearest;
     fill<Real>(nearest, 0);
+    IntVec<Real> nearest_center[kPointVectors] = {};
     // The largest so far is kept out of the sum.
     if (kUnitAlpha) {
       for_distances(points, centers, d, Range{0, K}, [&](int64_t j, const auto& distance) {
@@ -77,14 +79,17 @@ class StudentT {
         FASTSEQ_UNROLL
         for (int v = 0; v < kPointVectors; ++v) {
           Vec<Real> largest, smaller_ones[kCenters];
+          IntVec<Real> center = center_number(j);
           FASTSEQ_UNROLL
           for (int c = 0; c < kCenters; ++c) {
             const Vec<Real> u = reciprocal(broadcast(Real(1)) + distance[c][v]);
             put(numerators, j + c, v, u);
             if (c > 0) smaller_ones[c] = smaller(largest, u);
+            if (c > 0) center = u > largest ? center_number(j + c) : center;
             largest = c > 0 ? larger(largest, u) : u;
           }
           smaller_ones[0] = smaller(nearest[v], largest);
+          nearest_center[v] = largest > nearest[v] ? center : nearest_center[v];
           nearest[v] = larger(nearest[v], largest);
           others.add(v, sum_in_pairs<Real>(smaller_ones));
         }
@@ -116,6 +121,7 @@ class StudentT {
         const auto vanishes = power.high < limit;
         const Vec<Real> u = vanishes ? zero<Real>() : exp<Real>({vanishes ? limit : power.high, power.low});
         others.add(v, smaller(nearest[v], u));
+        nearest_center[v] = u > nearest[v] ? center_number(j) : nearest_center[v];
         nearest[v] = larger(nearest[v], u);
         put(numerators, j, v, u);
       }
@@ -126,6 +132,7 @@ class StudentT {
       inverse_[v] = broadcast(Real(1)) / sum_[v];
       nearest_[v] = nearest[v];
       others_[v] = others.value[v];
+      memcpy(nearest_center_ + v * kLanes<Real>, &nearest_center[v], sizeof(nearest_center[v]));
     }
   }
 
@@ -138,88 +145,77 @@ class StudentT {
   // `given` is a target p. Numerators become the weights v_j (p_j - q_j sum p) of z - mu_j in the gradient,
   // with v_j = 1 / (alpha + D_j). Adds sum_j p_j log(p_j / q_j) to each lane of `loss`.
   void weigh_target(bool weights, Lanes<Real>* loss) {
-    CarefulSum<Real> others;
     Lanes<Real> nearest_p;
-    fill<Real>(nearest_p, 0);
-    FirstNearest first(*this);
-    for (int64_t j = 0; j < K; ++j) FASTSEQ_UNROLL
-    for (int v = 0; v < kPointVectors; ++v) {
-      const Vec<Real> p = get(given, j, v);
-      const auto is_nearest = first.is(get(numerators, j, v), v);
-      others.add(v, is_nearest ? zero<Real>() : p);
-      nearest_p[v] = is_nearest ? p : nearest_p[v];
-    }
-    Lanes<Real> q_mass, nearest_excess, log_sum;  // q_mass: sum p / sum u
+    take_nearest(given, nearest_p);
+    CarefulSum<Real> others;
+    int64_t whole = 0;
+    for (; whole + kTileCenters <= K; whole += kTileCenters) add_given<kTileCenters>(whole, others);
+    for (; whole < K; ++whole) add_given<1>(whole, others);
+    Lanes<Real> q_mass, nearest_weight, log_sum;  // q_mass: sum p / sum u
     FASTSEQ_UNROLL
     for (int v = 0; v < kPointVectors; ++v) {
       const Vec<Real> q = assigned(nearest_[v], v);
       q_mass[v] = quotient(nearest_p[v] + others.value[v], sum_[v], inverse_[v]);
       // p - q sum p = p (1 - q) - q (sum of the other p)
-      nearest_excess[v] = fma(nearest_p[v], others_q(v), -(q * others.value[v]));
+      nearest_weight[v] = nearest_slope(v) * fma(nearest_p[v], others_q(v), -(q * others.value[v]));
       log_sum[v] = log1p<Real>({others_[v] / nearest_[v], zero<Real>()}).high;  // -log q of the nearest
       (*loss)[v] = fma(nearest_p[v], log_of(nearest_p[v]) + log_sum[v], (*loss)[v]);
     }
-    first.restart();
     sum_over_blocks(loss, [&](Range block, Lanes<Real>& part) {
       for (int64_t j = block.begin; j < block.end; ++j) FASTSEQ_UNROLL
       for (int v = 0; v < kPointVectors; ++v) {
         const Vec<Real> p = get(given, j, v), u = get(numerators, j, v);
-        const auto is_nearest = first.is(u, v);
         // log(p / q); q itself may have underflowed, but u not where alpha is 1 and D is less than 1e37.
         const Vec<Real> log_ratio = kUnitAlpha ? log_of((p * sum_[v]) * reciprocal_of_finite(at_least_smallest(u)))
                                                : log_of(p) - log_numerator(get(distances, j, v), v).high + log_sum[v];
-        part[v] = fma(is_nearest ? zero<Real>() : p, log_ratio, part[v]);
-        const Vec<Real> excess = is_nearest ? nearest_excess[v] : fma(-u, q_mass[v], p);
-        if (weights) put(numerators, j, v, slope(u, j, v) * excess);
+        part[v] = fma(p, log_ratio, part[v]);
+        if (weights) put(numerators, j, v, slope(u, j, v) * fma(-u, q_mass[v], p));
       }
     });
+    if (weights) put_nearest(numerators, nearest_weight);
   }
 
   // The same with the target made of q and the frequencies, whose inverses are given; `live` is 1 in the lanes that
   // hold a point and 0 in the others. `given` takes q_j / f_j.
   void weigh_frequencies(const Real* inverse_frequencies, const Lanes<Real>& live, bool weights, Lanes<Real>* loss) {
     CarefulSum<Real> others;
-    Lanes<Real> nearest_share;
-    fill<Real>(nearest_share, 0);
-    FirstNearest first(*this);
+    Lanes<Real> unused;
+    take_nearest(numerators, unused);  // nearest_ has them
     for (int64_t j = 0; j < K; ++j) {
       const Vec<Real> inverse = broadcast(inverse_frequencies[j]);
       FASTSEQ_UNROLL
       for (int v = 0; v < kPointVectors; ++v) {
-        const Vec<Real> u = get(numerators, j, v), q = assigned(u, v), share = q * inverse;
-        const auto is_nearest = first.is(u, v);
-        others.add(v, is_nearest ? zero<Real>() : q * share);
-        nearest_share[v] = is_nearest ? share : nearest_share[v];
+        const Vec<Real> q = assigned(get(numerators, j, v), v), share = q * inverse;
+        others.add(v, q * share);
         put(given, j, v, share);
       }
     }
-    Lanes<Real> total, inverse_total, live_inverse, nearest_excess;  // excess: p / q - 1
+    Lanes<Real> total, inverse_total, live_inverse, nearest_inverse, nearest_weight;
+    of_nearest(inverse_frequencies, nearest_inverse);
     FASTSEQ_UNROLL
     for (int v = 0; v < kPointVectors; ++v) {
-      const Vec<Real> q = assigned(nearest_[v], v), share = nearest_share[v];
+      const Vec<Real> q = assigned(nearest_[v], v), share = q * nearest_inverse[v];
       total[v] = fma(q, share, others.value[v]);
       inverse_total[v] = broadcast(Real(1)) / total[v];
       live_inverse[v] = inverse_[v] * live[v];
-      // share - total = share (1 - q) - (sum of the other q · share)
+      // p / q - 1, from share - total = share (1 - q) - (sum of the other q · share)
       const Vec<Real> excess = fma(share, others_q(v), -others.value[v]) * inverse_total[v];
       const Vec<Real> ratio = quotient(share, total[v], inverse_total[v]);
       const Vec<Real> log_ratio =
           excess > broadcast(Real(-0.5)) ? log1p<Real>({excess, zero<Real>()}).high : log_of(ratio);
       (*loss)[v] = fma(q * ratio * live[v], log_ratio, (*loss)[v]);
-      nearest_excess[v] = excess;
+      nearest_weight[v] = nearest_slope(v) * (nearest_[v] * live_inverse[v] * excess);
     }
-    first.restart();
     sum_over_blocks(loss, [&](Range block, Lanes<Real>& part) {
       for (int64_t j = block.begin; j < block.end; ++j) FASTSEQ_UNROLL
       for (int v = 0; v < kPointVectors; ++v) {
         const Vec<Real> u = get(numerators, j, v), q = u * live_inverse[v];
-        const auto is_nearest = first.is(u, v);
         const Vec<Real> ratio = quotient(get(given, j, v), total[v], inverse_total[v]);  // p / q
-        part[v] = fma(is_nearest ? zero<Real>() : q * ratio, log_of(ratio), part[v]);
-        const Vec<Real> excess = is_nearest ? nearest_excess[v] : ratio - broadcast(Real(1));
-        if (weights) put(numerators, j, v, slope(u, j, v) * (q * excess));
+        part[v] = fma(q * ratio, log_of(ratio), part[v]);
+        if (weights) put(numerators, j, v, slope(u, j, v) * (q * (ratio - broadcast(Real(1)))));
       }
     });
+    if (weights) put_nearest(numerators, nearest_weight);
   }
 
   // `given` is the gradient that arrives at q, and numerators become the weights -v_j q_j (g_j - sum_k g_k
@@ -227,58 +223,83 @@ class StudentT {
   void weigh_arriving() {
     Lanes<Real> others, nearest_g;
     fill<Real>(others, 0);
-    fill<Real>(nearest_g, 0);
-    FirstNearest first(*this);
+    take_nearest(given, nearest_g);
     sum_over_blocks(&others, [&](Range block, Lanes<Real>& part) {
       for (int64_t j = block.begin; j < block.end; ++j) FASTSEQ_UNROLL
-      for (int v = 0; v < kPointVectors; ++v) {
-        const Vec<Real> u = get(numerators, j, v), g = get(given, j, v);
-        const auto is_nearest = first.is(u, v);
-        part[v] = fma(is_nearest ? zero<Real>() : g, assigned(u, v), part[v]);
-        nearest_g[v] = is_nearest ? g : nearest_g[v];
-      }
+      for (int v = 0; v < kPointVectors; ++v)
+        part[v] = fma(get(given, j, v), assigned(get(numerators, j, v), v), part[v]);
     });
-    Lanes<Real> mean, nearest_excess;  // excess: sum_k g_k q_k - g_j
+    Lanes<Real> mean, nearest_weight;
     FASTSEQ_UNROLL
     for (int v = 0; v < kPointVectors; ++v) {
-      mean[v] = fma(nearest_g[v], assigned(nearest_[v], v), others[v]);
-      nearest_excess[v] = fma(-nearest_g[v], others_q(v), others[v]);
+      const Vec<Real> q = assigned(nearest_[v], v);
+      mean[v] = fma(nearest_g[v], q, others[v]);
+      // sum_k g_k q_k - g_j
+      nearest_weight[v] = nearest_slope(v) * (q * fma(-nearest_g[v], others_q(v), others[v]));
     }
-    first.restart();
     for (int64_t j = 0; j < K; ++j) FASTSEQ_UNROLL
     for (int v = 0; v < kPointVectors; ++v) {
       const Vec<Real> u = get(numerators, j, v), q = assigned(u, v);
       // All g of one size lie on one grid, so that mean - g loses the same at each of them: that would not cancel in a
       // sum over many centres.
       const Twofold<Real> excess = exact_sum<Real>(mean[v], -get(given, j, v));
-      const Vec<Real> weight = first.is(u, v) ? q * nearest_excess[v] : fma(q, excess.high, q * excess.low);
-      put(numerators, j, v, slope(u, j, v) * weight);
+      put(numerators, j, v, slope(u, j, v) * fma(q, excess.high, q * excess.low));
     }
+    put_nearest(numerators, nearest_weight);
   }
 
  private:
+  using Lane = decltype(IntVec<Real>{}[0] + 0);
+  // Lanes one by one: in memory, since picking one out of a register, or putting one in, is several instructions.
+  struct PerPoint {
+    alignas(64) Real value[kGroupPoints<Real>];
+    PerPoint() {}
+    explicit PerPoint(const Lanes<Real>& lanes) {
+      for (int v = 0; v < kPointVectors; ++v) store(value + v * kLanes<Real>, lanes[v]);
+    }
+    void load_to(Lanes<Real>& lanes) const {
+      for (int v = 0; v < kPointVectors; ++v) lanes[v] = load(value + v * kLanes<Real>);
+    }
+  };
   double alpha_;
   Lanes<Real> sum_, inverse_;
   Lanes<Real> nearest_, others_;       // the largest numerator, and the sum of the others
   Lanes<Real> least_, unit_;           // the least distance, and 1 / (alpha + it)
   Twofold<Real> base_[kPointVectors];  // alpha + the least distance
 
-  // Tells the first centre whose numerator is the largest, in a walk over all of them.
-  struct FirstNearest {
-    const StudentT& owner;
-    Lanes<Real> wanted;
+  Lane nearest_center_[kGroupPoints<Real>];
 
-    FASTSEQ_INLINE explicit FirstNearest(const StudentT& owner_) : owner(owner_) { restart(); }
-    FASTSEQ_INLINE void restart() {
+  FASTSEQ_INLINE static IntVec<Real> center_number(int64_t j) { return IntVec<Real>{} + static_cast<Lane>(j); }
+  int64_t nearest_at(int i) const { return static_cast<int64_t>(nearest_center_[i]) * kGroupStride<Real> + i; }
+  // The nearest centres' numbers, with zeros left in their places.
+  void take_nearest(Real* array, Lanes<Real>& to) const {
+    PerPoint taken;
+    for (int i = 0; i < kGroupPoints<Real>; ++i) {
+      taken.value[i] = array[nearest_at(i)];
+      array[nearest_at(i)] = 0;
+    }
+    taken.load_to(to);
+  }
+  void put_nearest(Real* array, const Lanes<Real>& from) const {
+    const PerPoint numbers(from);
+    for (int i = 0; i < kGroupPoints<Real>; ++i) array[nearest_at(i)] = numbers.value[i];
+  }
+  // Of an array [K], the nearest centres' numbers.
+  void of_nearest(const Real* array, Lanes<Real>& to) const {
+    PerPoint found;
+    for (int i = 0; i < kGroupPoints<Real>; ++i) found.value[i] = array[nearest_center_[i]];
+    found.load_to(to);
+  }
+  template <int kCenters>
+  FASTSEQ_INLINE void add_given(int64_t j, CarefulSum<Real>& sum) const {
+    FASTSEQ_UNROLL
+    for (int v = 0; v < kPointVectors; ++v) {
+      Vec<Real> x[kCenters];
       FASTSEQ_UNROLL
-      for (int v = 0; v < kPointVectors; ++v) wanted[v] = owner.nearest_[v];
+      for (int c = 0; c < kCenters; ++c) x[c] = get(given, j + c, v);
+      sum.add(v, sum_in_pairs<Real>(x));
     }
-    FASTSEQ_INLINE auto is(Vec<Real> u, int v) {
-      const auto found = u == wanted[v];
-      wanted[v] = found ? broadcast(LogConstants<Real>::kInfinity) : wanted[v];
-      return found;
-    }
-  };
+  }
 
   static double limited(double alpha) {
     using L = AlphaLimits<Real>;
@@ -317,7 +338,11 @@ class StudentT {
   }
   // 1 / (alpha + D_j)
   FASTSEQ_INLINE Vec<Real> slope(Vec<Real> numerator, int64_t j, int v) const {
-    return kUnitAlpha ? numerator : broadcast(Real(1)) / (broadcast(static_cast<Real>(alpha_)) + get(distances, j, v));
+    return kUnitAlpha ? numerator : slope_at(get(distances, j, v));
+  }
+  FASTSEQ_INLINE Vec<Real> nearest_slope(int v) const { return kUnitAlpha ? nearest_[v] : slope_at(least_[v]); }
+  FASTSEQ_INLINE Vec<Real> slope_at(Vec<Real> distance) const {
+    return broadcast(Real(1)) / (broadcast(static_cast<Real>(alpha_)) + distance);
   }
   template <typename Body>
   FASTSEQ_INLINE void sum_over_blocks(Lanes<Real>* total, const Body& body) const {
