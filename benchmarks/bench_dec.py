@@ -47,6 +47,7 @@ PRETRAINING = (
     "n_pretrain",
     "pretrain_epochs",
     "pretrain_batch_size",
+    "pretrain_optimizer",
     "pretrain_learning_rate",
 )
 IDEC_WEIGHT = 10.0  # Guo et al. weigh the clustering loss 0.1 against the reconstruction

@@ -57,7 +57,8 @@ class DEC(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, BaseE
         pretrain_batch_size: points in a step of pretraining.
         n_pretrain: autoencoders that are pretrained, each from a start of its own. The one is taken whose k-means
             agrees most with those of the others (the largest sum of adjusted Rand indices; no labels).
-        pretrain_learning_rate: of Adam; it is divided by 10 for the last quarter of the epochs.
+        pretrain_optimizer: ``"adam"`` or ``"sgd"``.
+        pretrain_learning_rate: it is divided by 10 for the last quarter of the epochs.
         n_init: restarts of k-means.
         alpha: degrees of freedom of the Student's t kernel.
         optimizer: of the joint training, ``"sgd"`` or ``"adam"``.
@@ -107,6 +108,7 @@ class DEC(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, BaseE
         pretrain_epochs: int = 100,
         pretrain_batch_size: int = 256,
         n_pretrain: int = 1,
+        pretrain_optimizer: str = "adam",
         pretrain_learning_rate: float = 1e-3,
         n_init: int = 20,
         alpha: float = 1.0,
@@ -138,6 +140,7 @@ class DEC(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, BaseE
         self.pretrain_epochs = pretrain_epochs
         self.pretrain_batch_size = pretrain_batch_size
         self.n_pretrain = n_pretrain
+        self.pretrain_optimizer = pretrain_optimizer
         self.pretrain_learning_rate = pretrain_learning_rate
         self.n_init = n_init
         self.alpha = alpha
@@ -224,7 +227,13 @@ class DEC(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, BaseE
         for name in ("alpha", "learning_rate", "pretrain_learning_rate"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: expected a number above 0, got {getattr(self, name)}")
-        choices = {"optimizer": OPTIMIZERS, "target": TARGETS, "precision": PRECISIONS, "dtype": tuple(DTYPES)}
+        choices = {
+            "optimizer": OPTIMIZERS,
+            "pretrain_optimizer": OPTIMIZERS,
+            "target": TARGETS,
+            "precision": PRECISIONS,
+            "dtype": tuple(DTYPES),
+        }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}")
@@ -262,6 +271,7 @@ class DEC(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, BaseE
             plan = Plan(
                 epochs=self.pretrain_epochs,
                 batch_size=self.pretrain_batch_size,
+                optimizer=self.pretrain_optimizer,
                 learning_rate=self.pretrain_learning_rate,
                 decay_epochs=max(1, -(-3 * self.pretrain_epochs // 4)),
                 seed=seed if run == 0 else generator(seed, _PRETRAIN, run).initial_seed(),
