@@ -78,7 +78,9 @@ selftest-arm64:  ## the same for arm64: needs a cross compiler and qemu (Debian:
 	aarch64-linux-gnu-g++ $(KERNEL_FLAGS) -static $(KERNEL_SOURCES) csrc/cpu/isa/neon.cpp -o $(SELFTEST)-arm64/selftest
 	qemu-aarch64 $(SELFTEST)-arm64/selftest $(ARGS)
 
-install: $(STAMPS)/package  ## .venv with the package in editable mode
+# The compiler and pip work side by side: the extension needs neither torch nor anything else that pip brings.
+install: $(STAMPS)/venv  ## .venv with the package in editable mode
+	@$(MAKE) --no-print-directory -j2 $(STAMPS)/package $(STAMPS)/requirements
 
 $(STAMPS)/venv:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
@@ -92,7 +94,11 @@ $(STAMPS)/venv:
 	$(PYTHON) -m venv $(VENV)
 	@mkdir -p $(STAMPS) && touch $@
 
-$(STAMPS)/torch: $(STAMPS)/venv
+$(STAMPS)/build: $(STAMPS)/venv requirements-build.txt
+	$(BIN)/pip install --disable-pip-version-check -r requirements-build.txt
+	@touch $@
+
+$(STAMPS)/torch: $(STAMPS)/build
 	$(BIN)/pip install --disable-pip-version-check $(TORCH_INDEX) "$(TORCH)"
 	@touch $@
 
@@ -100,11 +106,11 @@ $(STAMPS)/requirements: $(STAMPS)/torch requirements-dev.txt
 	$(BIN)/pip install --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
 
-$(STAMPS)/package: $(STAMPS)/requirements $(SOURCES)
+$(STAMPS)/package: $(STAMPS)/build $(SOURCES)
 	$(BIN)/pip install --disable-pip-version-check --no-build-isolation --no-deps -e .
 	@touch $@
 
-$(STAMPS)/bench: $(STAMPS)/package requirements-bench.txt
+$(STAMPS)/bench: $(STAMPS)/package $(STAMPS)/requirements requirements-bench.txt
 	$(BIN)/pip install --disable-pip-version-check -r requirements-bench.txt
 	@touch $@
 

@@ -134,6 +134,7 @@ def test_finds_blobs():
         {"reconstruction_weight": 10.0},
         {"optimizer": "adam"},
         {"clustering_noise": 0.2},
+        {"pretrain_optimizer": "sgd", "pretrain_learning_rate": 0.1},
     ):
         model = small(pretrain_epochs=60, max_iter=200, tol=0.001, **changes).fit(x)
         assert clustering_accuracy(y, model.labels_) > 0.95
@@ -370,6 +371,7 @@ def test_refusals():
         ({"alpha": 0.0}, "alpha: expected a number above 0"),
         ({"n_pretrain": 0}, "n_pretrain: expected at least 1"),
         ({"tol": -1}, "tol: expected at least 0"),
+        ({"pretrain_optimizer": "rmsprop"}, "pretrain_optimizer: expected one of adam, sgd"),
         ({"corruption": "salt"}, "corruption: expected one of masking, gaussian"),
         ({"clustering_noise": 1.0}, "clustering_noise: expected a number from 0 to below 1"),
         ({"target": "kept"}, "target: expected one of stored, streamed"),
