@@ -62,6 +62,10 @@ def render(run: Run | None) -> str:
         "",
         *table(HEAD, [cells(row, goal) for row, goal in rows], NUMBERS_FROM),
     ]
+    several = [row for row, _ in rows if row.processes > 1]
+    if several:
+        named = ", ".join(f"{row.case.kind} at {row.case.shape} of {row.processes}" for row in several)
+        lines += ["", f"Measured in several processes, of which this is the one in the middle: {named}."]
     return "\n".join(lines) + "\n"
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from bench_support import SMALL, row, run_of, spread
 
-from fastseq.cli.bench import forced, goals, memory, peaks, report, results
+from fastseq.cli.bench import forced, goals, memory, peaks, processes, report, results
 from fastseq.cli.bench.cases import CASES, COSTED_VARIANTS, SHAPES, Case
 from fastseq.cli.bench.layers import FastseqRunner, converted, reference_runner
 from fastseq.cli.bench.measure import new_shapes
@@ -262,6 +262,21 @@ def test_disturbed_cases_are_named() -> None:
 def test_changes_need_the_same_case_and_set() -> None:
     old, new = run_of([row(SMALL[0], 2.0)]), run_of([row(SMALL[0], 1.0, forced_isa="avx2"), row(SMALL[1], 1.0)])
     assert results.changes(old, new) == []
+
+
+def test_the_process_in_the_middle_is_kept() -> None:
+    rows = [row(SMALL[0], ratio) for ratio in (1.0, 3.0, 2.0)]
+    rows[0].figures["fastseq"] = replace(rows[0].figures["fastseq"], memory_mib=7.0)
+    kept = processes.middle(rows)
+    assert (kept.ratios, kept.processes) == (rows[2].ratios, 3)
+    assert kept.figures["fastseq"].memory_mib == 7.0
+
+
+@pytest.mark.full
+def test_measured_in_several_processes() -> None:
+    case = Case("lstm", "forward", 1, 1, 256, 256)
+    (kept,) = processes.repeated([case], 3, rounds=1, memory=False)
+    assert (kept.case, kept.processes) == (case, 3)
 
 
 @pytest.mark.full

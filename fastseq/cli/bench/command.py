@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from fastseq.cli import console
-from fastseq.cli.bench import cases, forced, plots, report, results, scaling
+from fastseq.cli.bench import cases, forced, plots, processes, report, results, scaling
 from fastseq.cli.bench.cases import Case
 from fastseq.cli.bench.goals import outcomes
 from fastseq.cli.bench.measure import Row, Settings, measure
@@ -60,6 +60,14 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="samples of each library, at most (%(default)s): a long case gets fewer, so as to take about "
         f"{Settings.seconds:g} s, but at least 5",
     )
+    which.add_argument(
+        "--processes",
+        type=console.positive_int,
+        default=1,
+        metavar="N",
+        help="measure each case in N processes and keep the one whose ratio is in the middle: the pages that a process "
+        "gets may favour either side in all of its rounds",
+    )
     which.add_argument("--threads", type=console.positive_int, help="torch.set_num_threads (default: as torch has it)")
     which.add_argument(
         "--compile",
@@ -98,7 +106,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         metavar="OLD.json",
         help="name the cases whose ratio to torch fell by more than the spread since that run: exit status 1 if any",
     )
-    parser.add_argument("--rows-only", action="store_true", help=argparse.SUPPRESS)  # for the process held to AVX2
+    parser.add_argument("--rows-only", action="store_true", help=argparse.SUPPRESS)  # for processes.run
     parser.set_defaults(run=run)
 
 
@@ -160,8 +168,13 @@ def _measured(args: argparse.Namespace, selected: Sequence[Case], out: "Console"
     providers = [provider for provider in PROVIDERS if args.compile or provider.name != "compile"]
     points: list[results.Point] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    rows: list[Row] = []
+    mismatches: list[str] = []
+    if args.processes > 1:
+        rows = processes.repeated(selected, args.processes, settings.rounds, memory)
     with Progress(*columns, console=out, transient=True) as progress:
-        rows, mismatches = _rows(selected, providers, settings, progress)
+        if args.processes == 1:
+            rows, mismatches = _rows(selected, providers, settings, progress)
         if args.scaling or args.plot is not None:
             count = sum(1 for _ in scaling.cases(torch.get_num_threads()))
             task = progress.add_task("scaling", total=count)

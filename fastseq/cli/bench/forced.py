@@ -5,18 +5,13 @@ of its own.
 """
 
 import os
-import subprocess
-import sys
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
-
-import torch
 
 from fastseq import cpu
 from fastseq.cli import console
+from fastseq.cli.bench import processes
 from fastseq.cli.bench.cases import Case
-from fastseq.cli.bench.results import Run, load
+from fastseq.cli.bench.results import Run
 
 ISA = "avx2"
 ENVIRONMENT = {"FASTSEQ_CPU_ISA": ISA, "ATEN_CPU_CAPABILITY": ISA, "ONEDNN_MAX_CPU_ISA": ISA.upper()}
@@ -43,17 +38,9 @@ def check() -> None:
 
 
 def run(cases: Sequence[Case], rounds: int, memory: bool) -> Run:
-    """Measures the cases in a child, which draws its own progress bar.
+    """Measures the cases in a process held to that set.
 
     Raises:
-        CommandError: the child failed; it has said why.
+        CommandError: it failed; it has said why.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        target = Path(folder) / "forced.json"
-        command = [sys.executable, "-m", "fastseq", "bench", "--rounds", str(rounds), "--json", str(target)]
-        command += ["--threads", str(torch.get_num_threads()), "--memory" if memory else "--no-memory", "--rows-only"]
-        command += [word for case in cases for word in ("--case", case.key)]
-        done = subprocess.run(command, env=os.environ | ENVIRONMENT, check=False)
-        if done.returncode != 0:
-            raise console.CommandError(f"--avx2: the process held to {ISA} ended with status {done.returncode}")
-        return load(target)
+    return processes.run(cases, rounds, memory, ENVIRONMENT, f"--avx2: the process held to {ISA}")

@@ -39,6 +39,7 @@ class Row:
     figures: dict[str, Figures]
     ratios: dict[str, Quantiles]  # another provider's time over fastseq's, round by round: above 1, fastseq is faster
     left_out: dict[str, str] = field(default_factory=dict)  # why a provider has no figures
+    processes: int = 1  # of so many this is the one in the middle
 
 
 @dataclass(frozen=True)

@@ -130,6 +130,7 @@ def _row(data: dict[str, Any]) -> Row:
         figures={name: figures(values) for name, values in data["figures"].items()},
         ratios={name: spread(values) for name, values in data["ratios"].items()},
         left_out=data["left_out"],
+        processes=data.get("processes", 1),
     )
 
 
