@@ -275,8 +275,9 @@ def test_the_process_in_the_middle_is_kept() -> None:
 @pytest.mark.full
 def test_measured_in_several_processes() -> None:
     case = Case("lstm", "forward", 1, 1, 256, 256)
-    (kept,) = processes.repeated([case], 3, rounds=1, memory=False)
+    (kept,) = processes.repeated([case], 3, rounds=1, memory=False, options=["--compile"])
     assert (kept.case, kept.processes) == (case, 3)
+    assert "compile" in kept.figures
 
 
 @pytest.mark.full

@@ -179,8 +179,9 @@ class StudentT {
   // hold a point and 0 in the others. `given` takes q_j / f_j.
   void weigh_frequencies(const Real* inverse_frequencies, const Lanes<Real>& live, bool weights, Lanes<Real>* loss) {
     CarefulSum<Real> others;
-    Lanes<Real> unused;
-    take_nearest(numerators, unused);  // nearest_ has them
+    Lanes<Real> nothing;
+    fill<Real>(nothing, 0);
+    put_nearest(numerators, nothing);  // nearest_ has what was there
     for (int64_t j = 0; j < K; ++j) {
       const Vec<Real> inverse = broadcast(inverse_frequencies[j]);
       FASTSEQ_UNROLL

@@ -171,7 +171,8 @@ def _measured(args: argparse.Namespace, selected: Sequence[Case], out: "Console"
     rows: list[Row] = []
     mismatches: list[str] = []
     if args.processes > 1:
-        rows = processes.repeated(selected, args.processes, settings.rounds, memory)
+        options = [name for name, given in (("--quick", args.quick), ("--compile", args.compile)) if given]
+        rows = processes.repeated(selected, args.processes, settings.rounds, memory, options)
     with Progress(*columns, console=out, transient=True) as progress:
         if args.processes == 1:
             rows, mismatches = _rows(selected, providers, settings, progress)

@@ -43,4 +43,4 @@ def run(cases: Sequence[Case], rounds: int, memory: bool) -> Run:
     Raises:
         CommandError: it failed; it has said why.
     """
-    return processes.run(cases, rounds, memory, ENVIRONMENT, f"--avx2: the process held to {ISA}")
+    return processes.run(cases, rounds, memory, f"--avx2: the process held to {ISA}", environment=ENVIRONMENT)

@@ -21,7 +21,13 @@ from fastseq.cli.bench.results import Run, load
 
 
 def run(
-    cases: Sequence[Case], rounds: int, memory: bool, environment: Mapping[str, str] | None = None, name: str = ""
+    cases: Sequence[Case],
+    rounds: int,
+    memory: bool,
+    name: str,
+    *,
+    environment: Mapping[str, str] | None = None,
+    options: Sequence[str] = (),
 ) -> Run:
     """Measures the cases in a child, which draws its own progress bar.
 
@@ -29,8 +35,9 @@ def run(
         cases: what to measure.
         rounds: as for the command.
         memory: whether the peak memory of each is measured too.
-        environment: variables of the child beside this process's own.
         name: what an error calls the child.
+        environment: variables of the child beside this process's own.
+        options: further options of the command.
 
     Raises:
         CommandError: the child failed; it has said why.
@@ -38,17 +45,23 @@ def run(
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "child.json"
         command = [sys.executable, "-m", "fastseq", "bench", "--rounds", str(rounds), "--json", str(target)]
-        command += ["--threads", str(torch.get_num_threads()), "--memory" if memory else "--no-memory", "--rows-only"]
+        command += [
+            "--threads",
+            str(torch.get_num_threads()),
+            "--memory" if memory else "--no-memory",
+            "--rows-only",
+            *options,
+        ]
         command += [word for case in cases for word in ("--case", case.key)]
         done = subprocess.run(command, env=os.environ | (environment or {}), check=False)
         if done.returncode != 0:
-            raise console.CommandError(f"{name or 'a process'} ended with status {done.returncode}")
+            raise console.CommandError(f"{name} ended with status {done.returncode}")
         return load(target)
 
 
-def repeated(cases: Sequence[Case], count: int, rounds: int, memory: bool) -> list[Row]:
+def repeated(cases: Sequence[Case], count: int, rounds: int, memory: bool, options: Sequence[str] = ()) -> list[Row]:
     """The cases in each of ``count`` processes, and of each case the row in the middle."""
-    runs = [run(cases, rounds, memory and index == 0, name="--processes: one").rows for index in range(count)]
+    runs = [run(cases, rounds, memory and n == 0, "--processes: one", options=options).rows for n in range(count)]
     return [middle(rows) for rows in zip(*runs, strict=True)]
 
 
