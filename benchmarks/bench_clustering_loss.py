@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -143,20 +143,19 @@ def _growth(case: Case, name: str, threads: int) -> float | None:
     return memory.growth_mib(partial(training, loss, inputs))
 
 
-def merged(old: dict[str, Any] | None, environment: dict[str, Any], cases: list[dict[str, Any]]) -> dict[str, Any]:
-    """The file's contents: the cases of ``old`` that were not measured again, and the new ones, in the order of CASES.
+def kept(old: dict[str, Any] | None, environment: dict[str, Any], chosen: Sequence[Case]) -> list[dict[str, Any]]:
+    """The cases of ``old`` that are not to be measured again.
 
     Raises:
-        ValueError: the old ones were measured elsewhere, or with another version.
+        ValueError: they were measured elsewhere, or with another version.
     """
-    kept = []
-    if old is not None:
+    again = set(map(str, chosen))
+    stay = [] if old is None else [each for each in old["cases"] if each["case"] not in again]
+    if old is not None and stay:
         differing = [name for name in IDENTITY if old["environment"].get(name) != environment.get(name)]
         if differing:
-            raise ValueError(f"the file's cases do not belong with these: {', '.join(differing)} differ")
-        kept = old["cases"]
-    by_name = {each["case"]: each for each in [*kept, *cases]}
-    return {"environment": environment, "cases": [by_name[str(case)] for case in CASES if str(case) in by_name]}
+            raise ValueError(f"the file's other cases do not belong with these: {', '.join(differing)} differ")
+    return stay
 
 
 def main() -> None:
@@ -169,7 +168,12 @@ def main() -> None:
     chosen = [case for case in CASES if args.case in (None, f"{case.N},{case.d},{case.K}")]
     if not chosen:
         parser.error(f"--case: expected one of {', '.join(map(str, CASES))}, got {args.case}")
-    results = []
+    old = json.loads(args.json.read_text(encoding="utf-8")) if args.json is not None and args.json.exists() else None
+    here = environment()
+    try:
+        results = kept(old, here, chosen)
+    except ValueError as error:
+        parser.error(f"--json: {error}")
     for case in chosen:
         check(case)
         samples = measure(case, args.rounds)
@@ -183,8 +187,8 @@ def main() -> None:
             figures[name] = {"ms": asdict(time), "ratio": asdict(ratio), "extra_mib": extra_mib(case, name)}
         results.append({"case": str(case), "rounds": args.rounds, "best": best, "figures": figures})
     if args.json is not None:
-        old = json.loads(args.json.read_text(encoding="utf-8")) if args.json.exists() else None
-        found = merged(old, environment(), results)
+        results.sort(key=lambda each: list(map(str, CASES)).index(each["case"]))
+        found = {"environment": here, "cases": results}
         args.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 

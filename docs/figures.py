@@ -7,6 +7,11 @@ import torch
 from matplotlib.figure import Figure
 
 import fastseq
+from fastseq import plots
+from fastseq.autoencoder import DenoisingAutoencoder, VariationalAutoencoder
+from fastseq.cluster import DEC
+from fastseq.cluster.recipes import RECIPES
+from fastseq.datasets import load_digits
 from fastseq.models import LanguageModel, LanguageModelTrainer, TrainingSettings, Vocabulary
 from fastseq.models.text import python_documentation
 
@@ -87,15 +92,46 @@ def language_model(path: Path, steps: int) -> None:
     figure.savefig(path, dpi=100)
 
 
+def autoencoders(folder: Path, epochs: int) -> None:
+    """Digits without a fifth of their pixels and what is made of them; the way from one digit to another."""
+    x = torch.as_tensor(load_digits().data, dtype=torch.float32)
+    torch.manual_seed(0)
+    denoising = DenoisingAutoencoder(64, (256,), 32, level=0.2)
+    denoising.fit(x, epochs=epochs, seed=0, progress=False)
+    shown = x[:8] * (torch.rand(8, 64, generator=torch.Generator().manual_seed(1)) >= 0.2)
+    plots.plot_reconstructions(shown, denoising.reconstruct(shown), (8, 8), folder / "reconstructions.png")
+    variational = VariationalAutoencoder(64, (256,), 10, likelihood="bernoulli")
+    variational.fit(x, epochs=epochs, seed=0, progress=False)
+    plots.plot_interpolation(variational.interpolate(x[0], x[1]), (8, 8), folder / "interpolation.png")
+
+
+def clustering(folder: Path, steps: int) -> None:
+    """The digits' codes before and after the joint training."""
+    digits = load_digits()
+    recipe = dict(RECIPES["digits"]) | {"n_pretrain": 1, "random_state": 0}
+    recipe["pretrain_epochs"] = min(steps, recipe["pretrain_epochs"])
+    before = DEC(**recipe | {"max_iter": 0}).fit(digits.data)
+    after = DEC(**recipe | {"max_iter": min(steps, recipe["max_iter"])}, autoencoder=before.autoencoder_).fit(
+        digits.data
+    )
+    for model, when in ((before, "before"), (after, "after")):
+        codes = model.autoencoder_.encode(digits.data)
+        path = folder / f"codes_{when}.png"
+        title = f"{when} the joint training"
+        plots.plot_embedding(codes, model.labels_, path, centers=model.cluster_centers_, title=title)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=300, help="of the language model (%(default)s)")
+    parser.add_argument("--steps", type=int, default=300, help="of training, at most (%(default)s)")
     parser.add_argument("--out", type=Path, default=IMAGES, metavar="DIR", help="where the pictures go")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     unrolled(args.out / "unrolled.png")
     lstm_gates(args.out / "lstm_gates.png")
     language_model(args.out / "language_model.png", args.steps)
+    autoencoders(args.out, min(args.steps, 100))
+    clustering(args.out, args.steps)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ def test_code_parses_and_its_names_exist(page):
             exec(compile(ast.Module([node], []), page.name, "exec"), names)
 
 
-@pytest.mark.parametrize("name", ["lstm.md", "identity.md"])
+@pytest.mark.parametrize("name", ["lstm.md", "identity.md", "autoencoders.md"])
 def test_code_runs(name):
     code = "\n".join(re.findall(r"```python\n(.*?)```", (DOCS / name).read_text(encoding="utf-8"), re.DOTALL))
     exec(compile(code, name, "exec"), {})
