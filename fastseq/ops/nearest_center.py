@@ -78,8 +78,11 @@ class NearestCenter(transforms.Function):
         wide = torch.promote_types(z.dtype, torch.float32)
         scaled = 2 * grad.to(wide)[:, None] * (z.to(wide) - centers.to(wide).index_select(0, labels))
         _, need_z, need_centers = ctx.needs_input_grad
-        dcenters = torch.zeros_like(centers, dtype=wide).index_add(0, labels, -scaled) if need_centers else None
-        return None, scaled.to(z.dtype) if need_z else None, None if dcenters is None else dcenters.to(z.dtype)
+        dcenters = None
+        if need_centers:  # in float64: a centre's gradient is one chain of as many sums as it has points
+            sums = torch.zeros_like(centers, dtype=torch.float64).index_add(0, labels, -scaled.double())
+            dcenters = sums.to(z.dtype)
+        return None, scaled.to(z.dtype) if need_z else None, dcenters
 
 
 def _autograd_fwd(keyset: torch._C.DispatchKeySet, *args: Any) -> tuple[Tensor, ...]:
