@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -57,12 +58,18 @@ def _folder(data_dir: Folder | None) -> Path:
     if unpacked is not None:
         return unpacked.parent
     archive = find("stl10", ("stl10_binary.tar.gz",), data_dir, url=_URL, checksum=_MD5, algorithm="md5")
-    target = cache_folder("stl10")
+    folder = cache_folder("stl10") / "stl10_binary"
+    folder.mkdir(parents=True, exist_ok=True)
     with tarfile.open(archive) as file:
         wanted = [f"stl10_binary/{part}_{kind}.bin" for part in _PARTS[::-1] for kind in "yX"]  # train_X comes last
         for name in wanted:
-            file.extract(name, target, filter="data")
-    return target / "stl10_binary"
+            # Not by extract, whose filter Python has only since 3.11.4, and which sets what the archive says.
+            source = file.extractfile(name)
+            if source is None:
+                raise ValueError(f"{archive}: {name} is not a file")
+            with source, (folder / Path(name).name).open("wb") as copy:
+                shutil.copyfileobj(source, copy)
+    return folder
 
 
 def _features(image: NDArray[np.uint8], hog: object) -> NDArray[np.float32]:
