@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fastseq import functional as F
 from fastseq.cli.bench import memory
-from fastseq.cli.bench.results import IDENTITY, environment
+from fastseq.cli.bench.results import differing, environment
 from fastseq.cli.timing import interleaved, quantiles
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -149,12 +149,12 @@ def kept(old: dict[str, Any] | None, environment: dict[str, Any], chosen: Sequen
     Raises:
         ValueError: they were measured elsewhere, or with another version.
     """
+    if old is None:
+        return []
     again = set(map(str, chosen))
-    stay = [] if old is None else [each for each in old["cases"] if each["case"] not in again]
-    if old is not None and stay:
-        differing = [name for name in IDENTITY if old["environment"].get(name) != environment.get(name)]
-        if differing:
-            raise ValueError(f"the file's other cases do not belong with these: {', '.join(differing)} differ")
+    stay = [each for each in old["cases"] if each["case"] not in again]
+    if stay and (apart := differing(old["environment"], environment)):
+        raise ValueError(f"the file's other cases do not belong with these: {', '.join(apart)} differ")
     return stay
 
 

@@ -243,7 +243,8 @@ def test_masks_zoneout_and_peepholes(op: str, regime: str, seed: int) -> None:
 @pytest.mark.parametrize("regime", REGIMES)
 @pytest.mark.parametrize("op", OPS)
 def test_every_regime_with_options(op: str, regime: str, by_rate: bool, dtype: torch.dtype, seed: int) -> None:
-    for case in (Case(4, 17, 3, 20, time="lengths+reset"), Case(3, 5, 4, 45, reverse=True, bias="none")):
+    flags = [Case(4, 17, 3, 20, time="lengths+reset", reverse=reverse) for reverse in (False, True)]
+    for case in (*flags, Case(3, 5, 4, 45, reverse=True, bias="none")):
         with plan.override(**REGIMES[regime]):
             given = with_options(case, op, dtype, by_rate)
             assert_matches_reference(op, given, implementation="triton", seed=seed)

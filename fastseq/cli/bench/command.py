@@ -241,10 +241,9 @@ def _show(done: Run, out: "Console", *, rows_only: bool) -> None:
 
 def _compare(old: Run, new: Run, out: "Console") -> int:
     """Prints what has changed; the number of regressions."""
-    differing = [name for name in results.IDENTITY if name != "commit"]
-    for name in differing:
-        before, after = old.environment.get(name), new.environment.get(name)
-        if before != after:
+    for name in results.differing(old.environment, new.environment):
+        if name != "commit":
+            before, after = old.environment.get(name), new.environment.get(name)
             out.print(f"compare: the runs differ in {name}: {before} then, {after} now", markup=False)
     found = results.changes(old, new)
     for change in found:

@@ -3,7 +3,7 @@
 import datetime
 import json
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -18,6 +18,11 @@ from fastseq.cli.timing import Quantiles
 FORMAT = 2
 # What must agree for rows of two runs to stand in one file.
 IDENTITY = ("commit", "cpu", "cores", "threads", "fastseq", "torch", "python")
+
+
+def differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """The names of IDENTITY in which two environments differ."""
+    return [name for name in IDENTITY if one.get(name) != other.get(name)]
 
 
 @dataclass(frozen=True)
@@ -154,9 +159,8 @@ def merged(old: Run, new: Run, order: Sequence[Case]) -> Run:
     Raises:
         CommandError: they were measured in different places or with different versions.
     """
-    differing = [name for name in IDENTITY if old.environment.get(name) != new.environment.get(name)]
-    if differing:
-        pairs = ", ".join(f"{key} {old.environment.get(key)!r} and {new.environment.get(key)!r}" for key in differing)
+    if apart := differing(old.environment, new.environment):
+        pairs = ", ".join(f"{key} {old.environment.get(key)!r} and {new.environment.get(key)!r}" for key in apart)
         raise console.CommandError(f"--update: the file's rows do not belong with these: {pairs}")
     rows = {(row.forced_isa, row.case): row for row in (*old.rows, *new.rows)}
     place = {case: index for index, case in enumerate(order)}
