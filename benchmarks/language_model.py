@@ -15,6 +15,7 @@ import json
 import math
 import platform
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def make_trainers(args: argparse.Namespace, task: Mapping[str, Any]) -> dict[str
     vocabulary = Vocabulary.of_characters(text) if of_characters else Vocabulary.of_words(learnt)
     train, valid = vocabulary.encode(learnt), vocabulary.encode(held_out)
     changes = {name: getattr(args, name) for name in ("epochs", "evaluate_every") if getattr(args, name) is not None}
-    settings = TrainingSettings(**task["settings"] | changes)
+    settings = TrainingSettings(**task["settings"] | changes, bfloat16=args.bfloat16)
     torch.manual_seed(args.seed)
     model = LanguageModel(len(vocabulary), **task["model"])
     trainers = {}
@@ -135,6 +136,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, help="passes over the text, which set the learning rates too")
     parser.add_argument("--evaluate-every", type=int, help="steps a turn")
     parser.add_argument("--rivals", nargs="+", choices=RIVALS, default=list(RIVALS), metavar="NAME", help=str(RIVALS))
+    parser.add_argument("--bfloat16", action="store_true", help="all compute under autocast to bfloat16")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, metavar="FILE", help="where the results go")
     args = parser.parse_args()
@@ -146,7 +148,9 @@ def main() -> None:
     report(found)
     if args.json is not None:
         environment = {"info": fastseq.info(), "machine": platform.platform(), "threads": torch.get_num_threads()}
-        shown = {"task": args.task, "target": task["target"], **task["settings"], **task["model"]}
+        chosen = asdict(trainers[args.rivals[0]].settings)
+        goal = target if math.isfinite(target) else None
+        shown = {"task": args.task, "target": goal, **chosen, **task["model"], "seed": args.seed}
         text = json.dumps({"environment": environment, "settings": shown, "results": found}, indent=2, default=str)
         args.json.write_text(text + "\n", encoding="utf-8")
 

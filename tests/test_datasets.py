@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import io
 import os
+import shutil
 import tarfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -217,6 +218,32 @@ def test_stl10(tmp_path):
     with tarfile.open(other / "stl10_binary.tar.gz", "w:gz") as archive:
         archive.add(folder, "stl10_binary")
     np.testing.assert_array_equal(datasets.load_stl10_hog(other).data, got.data)
+
+
+def test_half_unpacked_stl10_is_unpacked_again(tmp_path, monkeypatch):
+    folder = tmp_path / "stl10_binary"
+    folder.mkdir()
+    image = np.random.default_rng(1).integers(0, 256, 3 * 96 * 96, dtype=np.uint8).tobytes()
+    for part in ("train", "test"):
+        (folder / f"{part}_X.bin").write_bytes(image)
+        (folder / f"{part}_y.bin").write_bytes(b"\1")
+    packed = tmp_path / "packed"
+    packed.mkdir()
+    with tarfile.open(packed / "stl10_binary.tar.gz", "w:gz") as archive:
+        archive.add(folder, "stl10_binary")
+    copy = shutil.copyfileobj
+
+    def half(source, target):
+        target.write(source.read(1000))
+        if target.name.endswith("train_X.bin.part"):
+            raise KeyboardInterrupt
+        copy(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "copyfileobj", half)
+        with pytest.raises(KeyboardInterrupt):
+            datasets.load_stl10_hog(packed)
+    assert len(datasets.load_stl10_hog(packed).data) == 2
 
 
 def test_digits():

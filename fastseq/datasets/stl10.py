@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tarfile
 from pathlib import Path
@@ -67,8 +68,11 @@ def _folder(data_dir: Folder | None) -> Path:
             source = file.extractfile(name)
             if source is None:
                 raise ValueError(f"{archive}: {name} is not a file")
-            with source, (folder / Path(name).name).open("wb") as copy:
+            target = folder / Path(name).name
+            beside = target.with_name(f".{target.name}.part")
+            with source, beside.open("wb") as copy:
                 shutil.copyfileobj(source, copy)
+            os.replace(beside, target)  # in one step: half a file is never taken for a whole one
     return folder
 
 
