@@ -37,15 +37,16 @@ inline Numbers draw_normal(std::mt19937& random, int count, double scale) {
   return numbers;
 }
 
+// floor: what an error may be however small the numbers are.
 inline bool agrees(const char* name, const Numbers& got, const Numbers& truth, double bound, const std::string& problem,
-                   const KernelTable& table) {
+                   const KernelTable& table, double floor = 0) {
   double error = 0, largest = 0;
   for (std::size_t i = 0; i < truth.size(); ++i) {
     const double difference = std::abs(got[i] - truth[i]);
     if (!(difference <= error)) error = difference;  // a NaN is taken too
     largest = std::max(largest, std::abs(truth[i]));
   }
-  if (error <= bound * largest) return true;
+  if (error <= bound * largest + floor) return true;
   std::printf("MISMATCH %s: %s of %s: error %.3g, largest %.3g\n", table.name, name, problem.c_str(), error, largest);
   return false;
 }
