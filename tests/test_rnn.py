@@ -34,6 +34,21 @@ def test_outputs_and_gradients(index: int, case: Case, dtype: torch.dtype, backe
     assert_matches_reference("rnn", rnn_draws_of(case, nonlinearity, dtype), implementation=backend, seed=seed)
 
 
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [
+        (Case(2, 11, 3, 1450, time="lengths+reset"), torch.float32),
+        pytest.param(Case(2, 7, 3, 1029, reverse=True), torch.float64, marks=pytest.mark.full),
+        *(pytest.param(Case(3, B, 20, 1465), torch.float32, marks=pytest.mark.full) for B in range(8, 13)),
+    ],
+    ids=str,
+)
+def test_weights_beyond_the_second_level_cache(case: Case, dtype: torch.dtype, backend: str, seed: int) -> None:
+    """Of more than 8 MiB: a batch of up to twelve is then one tall tile."""
+    assert_matches_reference("rnn", rnn_draws_of(case, "tanh", dtype), implementation=backend, seed=seed)
+
+
 @pytest.mark.full
 @pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize(("dtype", "time"), DTYPES_AND_TIMES, ids=str)

@@ -22,16 +22,16 @@ struct GateGradients {
 // acc -> C, or C + acc.
 template <typename Real>
 struct AccumulateOp {
+  static constexpr bool kTall = false;
   Real* c;
   int64_t ldc, width;  // width: columns of C from here on
   bool add;
   template <int kRows, int kVectors>
-  FASTSEQ_INLINE void finish(const Vec<Real> (&acc)[kRows][kVectors]) const {
-    if constexpr (kRows > kTileRows) __builtin_unreachable();  // these products are cut into no tall tiles
+  FASTSEQ_INLINE void finish(const Vec<Real> (&acc)[kRows][kVectors], int first) const {
     FASTSEQ_UNROLL
     for (int r = 0; r < kRows; ++r) FASTSEQ_UNROLL
     for (int v = 0; v < kVectors; ++v) {
-      Real* to = c + r * ldc + v * kLanes<Real>;
+      Real* to = c + (first + r) * ldc + v * kLanes<Real>;
       const int inside = lanes_inside<Real>(width, v * kLanes<Real>);
       if (inside > 0) store_part(to, add ? load_part(to, inside) + acc[r][v] : acc[r][v], inside);
     }

@@ -328,6 +328,7 @@ struct HiddenGradient {
 // dL/dh_t of the projected h, kept for every step: the cell's derivative and the projection's weight gradient read it.
 template <typename Real, Flags kFlags>
 struct HiddenGradOp {
+  static constexpr bool kTall = false;
   typename HiddenGradient<Real, kFlags>::Source source;
   Real* dh;
   int64_t dh_stride;
@@ -342,6 +343,7 @@ struct HiddenGradOp {
 // dL/dh_0: the last product of the reverse loop, straight to the user's storage.
 template <typename Real, Flags kFlags>
 struct InitialHiddenGradOp {
+  static constexpr bool kTall = false;
   typename HiddenGradient<Real, kFlags>::Source source;
   Storage storage;
   void* dh0;
@@ -362,6 +364,7 @@ struct InitialHiddenGradOp {
 // The LSTM's projection: h is the product itself.
 template <typename Real, Flags kFlags>
 struct ProjectedHiddenOp {
+  static constexpr bool kTall = false;
   typename HiddenState<Real, kFlags>::Sink sink;
 
   template <int kRows, int kVectors>
@@ -379,15 +382,16 @@ struct ProjectedHiddenOp {
 // The input projection of one vector of units (LSTM: its four gates) for rows of x: bias + x W^T, into the gates.
 template <typename Real>
 struct ProjectionOp {
+  static constexpr bool kTall = false;
   const Real* bias;
   Real* gates;
   int64_t gates_stride;
   int64_t vector_stride;  // from one vector of the panel to the next, in bias and in gates
   template <int kRows, int kVectors>
-  FASTSEQ_INLINE void finish(const Vec<Real> (&acc)[kRows][kVectors]) const {
+  FASTSEQ_INLINE void finish(const Vec<Real> (&acc)[kRows][kVectors], int first) const {
     for (int r = 0; r < kRows; ++r) FASTSEQ_UNROLL
     for (int v = 0; v < kVectors; ++v)
-      store(gates + r * gates_stride + v * vector_stride, acc[r][v] + load(bias + v * vector_stride));
+      store(gates + (first + r) * gates_stride + v * vector_stride, acc[r][v] + load(bias + v * vector_stride));
   }
 };
 

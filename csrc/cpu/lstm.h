@@ -61,6 +61,7 @@ FASTSEQ_INLINE Vec<Real> lstm_gates(Vec<Real> (&z)[kGates], Vec<Real> before,
 
 template <typename Real, Flags kFlags>
 struct LstmCellOp {
+  static constexpr bool kTall = true;
   using Sink = typename HiddenState<Real, kFlags>::Sink;
   const Real* preactivation;
   int64_t preactivation_stride;  // 0: the bias alone
@@ -124,6 +125,7 @@ struct LstmCellOp {
 // The gates of a chunk of time made again: its rows are independent, since h_{t-1} and c_{t-1} are known.
 template <typename Real>
 struct LstmGatesOp {
+  static constexpr bool kTall = false;
   const Real* preactivation;  // may be `gates` itself
   int64_t preactivation_stride;
   Real* gates;
@@ -162,6 +164,7 @@ struct CellGradOptions : CellOptions<Real> {
 // The derivative of the cell: from dL/dh_t in the accumulators to the gradients of the four gates before activation.
 template <typename Real, Flags kFlags>
 struct LstmCellGradOp {
+  static constexpr bool kTall = true;
   using Source = typename HiddenGradient<Real, kFlags>::Source;
   bool projected;  // the accumulators hold dL/d(o tanh c) already; else `source` completes dL/dh_t
   Source source;

@@ -12,6 +12,7 @@ namespace {
 
 template <typename Real, Flags kFlags>
 struct ElmanCellOp {
+  static constexpr bool kTall = true;
   Activation activation;
   const Real* preactivation;
   int64_t preactivation_stride;  // 0: the bias alone
@@ -45,6 +46,7 @@ struct ElmanCellOp {
 // The slopes of a chunk of time made again: its rows are independent, since h_{t-1} is known.
 template <typename Real>
 struct ElmanSlopesOp {
+  static constexpr bool kTall = false;
   Activation activation;
   const Real* preactivation;  // may be `slopes` itself
   int64_t preactivation_stride;
@@ -68,6 +70,7 @@ struct ElmanSlopesOp {
 
 template <typename Real, Flags kFlags>
 struct ElmanGradOp {
+  static constexpr bool kTall = true;
   typename HiddenGradient<Real, kFlags>::Source source;
   const Real* slopes;
   Real* dgates;  // may be `slopes` itself

@@ -3,8 +3,10 @@
 //   acc[rows][vectors] += A[rows, K] * panel[K, vectors * lanes]
 //
 // A is read one number at a time and broadcast; the panel is packed so that its rows lie one behind the other. An Op
-// says what the accumulators hold at the beginning and what becomes of them at the end, so that the cell's arithmetic
-// runs on the registers that the product was summed in.
+// says what becomes of the accumulators at the end, so that the cell's arithmetic runs on the registers that the
+// product was summed in, and by kTall whether it takes tiles of more than kTileRows rows, which are long to compile.
+// One that sums over a tile's rows must: how panels are cut, and so how wide they are, depends on the number of
+// threads.
 #pragma once
 
 #include "simd.h"
@@ -166,32 +168,33 @@ struct Product {  // K == 0: no product, the Op alone
   int64_t packed = 0;  // rows of the packed panel, where the product takes K of more
 };
 
+// first: the row of the Op that is the product's first.
 template <int kRows, int kVectors, int kChains, ALayout kLayout, typename Real, typename Op>
-__attribute__((noinline)) void tile(const Op& op, const Product<Real>& product) {
+__attribute__((noinline)) void tile(const Op& op, const Product<Real>& product, int first) {
   constexpr int kHeld = kRows > kTileRows && kVectors > kPartVectors ? kPartVectors : kVectors;
   const int64_t part = kPart<kLayout> * (product.packed ? product.packed : product.K) * kLanes<Real>;
   Vec<Real> sums[kRows][kVectors];  // apart from acc: what an Op loops over lies in memory
-  for (int first = 0; first < kVectors; first += kHeld) {
+  for (int vector = 0; vector < kVectors; vector += kHeld) {
     Vec<Real> acc[kRows][kHeld];
     set_zero<Real>(acc);
     if (product.K > 0)
-      multiply<kRows, kHeld, kChains, kLayout, Real>(acc, product.panel + first / kHeld * part, part, product.K,
+      multiply<kRows, kHeld, kChains, kLayout, Real>(acc, product.panel + vector / kHeld * part, part, product.K,
                                                      product.a, product.lda,
                                                      product.chain ? product.chain : kChain<kLayout>);
     FASTSEQ_UNROLL
     for (int r = 0; r < kRows; ++r) FASTSEQ_UNROLL
-    for (int v = 0; v < kHeld; ++v) sums[r][first + v] = acc[r][v];
+    for (int v = 0; v < kHeld; ++v) sums[r][vector + v] = acc[r][v];
   }
-  op.finish(sums);
+  op.finish(sums, first);
 }
 
 enum class Chains { kOne, kSide };
 
 template <int kVectors, Chains kChains, ALayout kLayout, typename Real, typename Op>
-FASTSEQ_INLINE void run_tile_rows(int rows, const Op& op, const Product<Real>& product) {
+FASTSEQ_INLINE void run_low_tile(int rows, const Op& op, const Product<Real>& product, int first) {
 #define FASTSEQ_TILE(R) \
   case R:               \
-    return tile < R, kVectors, kChains == Chains::kSide ? kSideChains<R> : 1, kLayout, Real, Op > (op, product)
+    return tile < R, kVectors, kChains == Chains::kSide ? kSideChains<R> : 1, kLayout, Real, Op > (op, product, first)
   switch (rows) {
     FASTSEQ_TILE(1);
     FASTSEQ_TILE(2);
@@ -204,20 +207,38 @@ FASTSEQ_INLINE void run_tile_rows(int rows, const Op& op, const Product<Real>& p
     default:
       break;
   }
-#if defined(__AVX512F__)
-  if constexpr (kLayout == ALayout::kRows) switch (rows) {
-      FASTSEQ_TILE(7);
-      FASTSEQ_TILE(8);
-      FASTSEQ_TILE(9);
-      FASTSEQ_TILE(10);
-      FASTSEQ_TILE(11);
-      FASTSEQ_TILE(12);
-      default:
-        break;
-    }
-#endif
   __builtin_unreachable();
 #undef FASTSEQ_TILE
+}
+
+template <int kVectors, Chains kChains, ALayout kLayout, typename Real, typename Op>
+FASTSEQ_INLINE void run_tile_rows(int rows, const Op& op, const Product<Real>& product) {
+  if constexpr (kTallRows > kTileRows && kLayout == ALayout::kRows)
+    if (rows > kTileRows) {
+      if constexpr (Op::kTall) {
+#define FASTSEQ_TILE(R) \
+  case R:               \
+    return tile<R, kVectors, 1, kLayout, Real, Op>(op, product, 0)
+        switch (rows) {
+          FASTSEQ_TILE(7);
+          FASTSEQ_TILE(8);
+          FASTSEQ_TILE(9);
+          FASTSEQ_TILE(10);
+          FASTSEQ_TILE(11);
+          FASTSEQ_TILE(12);
+          default:
+            __builtin_unreachable();
+        }
+#undef FASTSEQ_TILE
+      } else {  // as two low ones
+        const int upper = rows / 2;
+        Product<Real> lower = product;
+        lower.a += upper * product.lda;
+        run_low_tile<kVectors, kChains, kLayout, Real>(upper, op, product, 0);
+        return run_low_tile<kVectors, kChains, kLayout, Real>(rows - upper, op, lower, upper);
+      }
+    }
+  run_low_tile<kVectors, kChains, kLayout, Real>(rows, op, product, 0);
 }
 
 // A tile of `rows` (1 to kTileRows; for kRows to kTallRows) by `vectors` (1, 2 or 4).
