@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, note, settings
 from hypothesis import strategies as st
-from recurrence_cases import CASES, DTYPES, DTYPES_AND_TIMES, Case, draws_of, inputs_of
+from recurrence_cases import CASES, DTYPES, DTYPES_AND_TIMES, Case, draws_of, enlarge, inputs_of
 from torch import Tensor, nn
 
 from fastseq import cpu, reference
@@ -68,6 +68,15 @@ def test_saturated_gates(reach: float, dtype: torch.dtype, backend: str, seed: i
     given = {"x": x, "h0": h0, "c0": c0, "w_ih": torch.ones(4, 1, dtype=dtype), "w_hh": torch.zeros(4, 1, dtype=dtype)}
     for result in compare("lstm", given, implementation=backend, used={"y", "c_n"}, seed=seed):
         assert result.ok or result.name not in ("y", "c_n", "dx", "dc0"), result  # the weights': one sum that cancels
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_saturated_units_pass_nothing_on(dtype: torch.dtype, backend: str, seed: int) -> None:
+    """x of 10^5: what is left of a slope would be seen in dw_ih."""
+    draws = draws_of(Case(2, 3, 4, 20), 4, dtype)
+    for draw in draws:
+        enlarge(draw, 1e5)
+    assert_matches_reference("lstm", draws, implementation=backend, seed=seed)
 
 
 @pytest.mark.usefixtures("poison")

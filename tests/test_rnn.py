@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, note, settings
 from hypothesis import strategies as st
-from recurrence_cases import CASES, DTYPES, DTYPES_AND_TIMES, Case, inputs_of, rnn_draws_of
+from recurrence_cases import CASES, DTYPES, DTYPES_AND_TIMES, Case, enlarge, inputs_of, rnn_draws_of
 from torch import Tensor, nn
 
 from fastseq import cpu, reference
@@ -74,6 +74,16 @@ def test_saturated_units(nonlinearity: str, reach: float, dtype: torch.dtype, ba
     given = {"x": x, "h0": none.expand(B, 1), "w_ih": one, "w_hh": none, "nonlinearity": nonlinearity}
     for result in compare("rnn", given, implementation=backend, seed=seed):
         assert result.ok or result.name not in ("y", "dx"), result  # the weight's gradient: one sum that cancels
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("nonlinearity", ["tanh", "sigmoid"])
+def test_saturated_units_pass_nothing_on(nonlinearity: str, dtype: torch.dtype, backend: str, seed: int) -> None:
+    """x of 10^5: what is left of a slope would be seen in dw_ih."""
+    draws = rnn_draws_of(Case(2, 3, 4, 20), nonlinearity, dtype)
+    for draw in draws:
+        enlarge(draw, 1e5)
+    assert_matches_reference("rnn", draws, implementation=backend, seed=seed)
 
 
 @pytest.mark.usefixtures("poison")

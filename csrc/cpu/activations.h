@@ -3,8 +3,8 @@
 //
 // Both rest on exp by range reduction: exp(x) = 2^n exp(r), n = round(x / ln 2), |r| <= ln(2)/2, with ln 2 in two
 // parts (Cody and Waite 1980) and exp(r) by a polynomial. tanh(x) is 1 - 2 / (exp(2x) + 1), whose small second term
-// brings little error, and near zero, where that would cancel, x + x^3 P(x^2). Arguments are clamped where the result
-// no longer changes; a NaN stays a NaN.
+// brings little error, and near zero, where that would cancel, x + x^3 P(x^2). Arguments are clamped where neither
+// result nor slope changes any more: times an x of 10^5 what is left of a slope is seen. A NaN stays a NaN.
 #pragma once
 
 #include "params.h"
@@ -23,7 +23,7 @@ struct ExpConstants<float> {
   static constexpr float kRoundMagic = 12582912.0f + 127;  // 1.5 * 2^23 + the bias: adding it rounds to an integer
   static constexpr int kMantissaBits = 23;
   static constexpr float kLogisticLimit = 87.0f;
-  static constexpr float kTanhLimit = 9.5f;
+  static constexpr float kTanhLimit = 43.5f;
 };
 template <>
 struct ExpConstants<double> {
@@ -33,7 +33,7 @@ struct ExpConstants<double> {
   static constexpr double kRoundMagic = 6755399441055744.0 + 1023;  // 1.5 * 2^52 + the bias
   static constexpr int kMantissaBits = 52;
   static constexpr double kLogisticLimit = 708.0;
-  static constexpr double kTanhLimit = 20.0;
+  static constexpr double kTanhLimit = 354.0;
 };
 
 // exp(r) for |r| <= ln(2)/2.
