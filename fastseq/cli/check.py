@@ -58,8 +58,8 @@ class Outcome:
 
 
 # A case is judged over several draws together, so many that its states have NUMBERS elements: a tensor of a few may be
-# right by luck in the reference, and luck is no standard.
-DRAWS, NUMBERS = 4, 256
+# right by luck in the reference, and luck is no standard. A loss is one number a draw.
+DRAWS, LOSSES, NUMBERS = 4, 16, 256
 
 
 Cases = Iterator[tuple[str, list[dict[str, Any]]]]
@@ -185,7 +185,8 @@ def clustering_cases(op: str) -> Cases:
             ):
                 words = [name, *([f"alpha {alpha:g}"] if alpha else []), *([by] if by else [])]
                 options = {"alpha": alpha} if alpha else {}
-                count = max(DRAWS, NUMBERS // (sizes[0] * min(sizes[1:])))
+                least = LOSSES if op == "clustering_loss" else DRAWS
+                count = max(least, NUMBERS // (sizes[0] * min(sizes[1:])))
                 yield ", ".join(words), [one(*sizes, by, options) for _ in range(count)]
 
 
