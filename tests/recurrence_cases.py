@@ -46,15 +46,19 @@ class Case:
         return "-".join(parts)
 
 
-# Each option meets several sizes, and each size (one, odd, just beyond a vector, large) several options.
+# Each option meets several sizes, and each size (one, odd, just beyond a vector, large) several options. Plain layers
+# of up to 16 rows of time and batch read the weights as they lie, all others packed ones.
 CASES = [
     Case(1, 1, 1, 1),
     Case(1, 1, 1, 1, P=1, reverse=True, time="lengths+reset"),
     Case(1, 4, 7, 63, bias="ih"),
     Case(5, 3, 4, 1, bias="hh", time="reset"),
-    Case(6, 1, 5, 65, reverse=True),
+    Case(19, 1, 5, 65, reverse=True),
+    Case(8, 2, 5, 65, reverse=True),
+    Case(2, 7, 1100, 20, bias="none"),
+    Case(4, 4, 65, 48, strided=True),
     Case(6, 1, 3, 16, time="lengths", strided=True),
-    Case(3, 5, 2, 130, bias="none"),
+    Case(5, 5, 2, 130, bias="none"),
     Case(7, 4, 65, 63, time="lengths+reset"),
     Case(7, 4, 65, 63, time="lengths+reset", reverse=True, strided=True),
     Case(4, 17, 130, 65, P=33),

@@ -150,7 +150,12 @@ def test_same_bits_on_every_run_and_for_any_number_of_threads(isa: str, dtype: t
 
     threads = torch.get_num_threads()
     with use_implementation("cpp"), cpu.use_isa(isa):
-        cases = [Case(6, 37, 20, 70), Case(6, 3, 65, 130, P=40, time="lengths+reset"), Case(5, 1, 3, 8)]
+        cases = [
+            Case(6, 37, 20, 70),
+            Case(6, 3, 65, 130, P=40, time="lengths+reset"),
+            Case(25, 1, 3, 8),
+            Case(3, 5, 70, 130),
+        ]
         cases += [Case(3, 9, 3, 725)] if dtype == torch.float32 else []  # one tall tile
         for case in cases:
             given = {n: v for n, v in inputs_of(case, 4, dtype).items() if isinstance(v, Tensor)}

@@ -157,7 +157,12 @@ def test_same_bits_on_every_run_and_for_any_number_of_threads(isa: str, nonlinea
 
     threads = torch.get_num_threads()
     with use_implementation("cpp"), cpu.use_isa(isa):
-        for case in (Case(6, 37, 20, 70), Case(6, 3, 65, 130, time="lengths+reset"), Case(5, 1, 3, 8)):
+        for case in (
+            Case(6, 37, 20, 70),
+            Case(6, 3, 65, 130, time="lengths+reset"),
+            Case(25, 1, 3, 8),
+            Case(3, 5, 70, 260),
+        ):
             given = {n: v for n, v in inputs_of(case, 1, torch.float32).items() if isinstance(v, Tensor)}
             try:
                 torch.set_num_threads(1)

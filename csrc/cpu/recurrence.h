@@ -7,6 +7,7 @@
 // weights are packed.
 #pragma once
 
+#include "direct.h"
 #include "gradients.h"
 #include "length_order.h"
 #include "recompute.h"
@@ -27,12 +28,19 @@ BatchCut layer_cut(const Params& p) {
   return {layer_tiles<Cell, Real>(p).most, recurrent_bytes<Cell, Real>(p) > kResidentBytes};
 }
 
+// Whether the products read the weights as they lie. Only plain layers do.
+template <typename Real, Flags kFlags, typename Params>
+bool is_direct(const Params& p) {
+  return kFlags == kNoFlags && p.T * p.B <= kDirectRows && !is_half(p.storage) && p.w_hr == nullptr;
+}
+
 template <typename Cell, typename Real, Flags kFlags>
 class RecurrentForward {
  public:
   explicit RecurrentForward(const ForwardParams& p)
       : p_(p),
         clock_{p.T, p.reverse},
+        direct_(is_direct<Real, kFlags>(p)),
         batch_(layer_tiles<Cell, Real>(p)),
         width_(tape_width(p.H)),
         gates_stride_(gates_width(p.H, Cell::kGates)),
@@ -44,6 +52,7 @@ class RecurrentForward {
   int threads() const { return threads_; }
 
   void place(Carver& carver) {
+    if (direct_) return place_state(carver);
     w_ = carver.take<Real>(Cell::kGates * width_ * p_.I);
     place_recurrent(carver);
     const int64_t staged = chunk_ * p_.B * p_.I;
@@ -106,7 +115,7 @@ class RecurrentForward {
   void run(int thread, int threads, const Through& through) {
     const Team team = team_of(thread, threads);
     const Range units = team.slice(vectors_);
-    if (!team.idle()) {
+    if (!team.idle() && !direct_) {
       // Where groups read the same weights, the first packs those of the recurrence, the last those of the input.
       if (team.group == 0) pack_recurrent(team);
       if (team.group == team.groups - 1) Cell::template pack<Real>(p_.storage, p_.w_ih, p_.H, p_.I, units, w_);
@@ -123,6 +132,7 @@ class RecurrentForward {
                                            staged_ ? staged_ + thread * staged_stride_ : nullptr};
     const PanelRange panels = Cell::panels(units);
     const auto project_input = [&](int64_t begin, int64_t end) {
+      if (direct_) return project_directly(begin, end, team, panels);
       projection.stage(begin, end, team, batch_);
       for (int64_t i = 0; i < panels.count(); ++i) {
         const Panel panel = panels.at(i);
@@ -189,9 +199,27 @@ class RecurrentForward {
     return p_.c && step >= 0 ? static_cast<Real*>(p_.c) + clock_.time(step) * p_.B * width_ : c_;
   }
 
+  void project_directly(int64_t begin, int64_t end, const Team& team, const PanelRange& panels) const {
+    const int64_t first = batch_.first(team.tiles.begin), last = batch_.first(team.tiles.end);
+    for (int64_t i = 0; i < panels.count(); ++i)
+      for (int64_t t = begin; t < end; ++t) {
+        const int64_t column = panels.at(i).first * kLanes<Real>;
+        const ProjectionOp<Real> op{bias_ + column, gates(t, begin) + first * gates_stride_ + column, gates_stride_,
+                                    Cell::template slot_stride<Real>(width_)};
+        const Real* x = static_cast<const Real*>(p_.x) + t * p_.x_stride_t + first * p_.x_stride_b;
+        direct_rows<Cell>(op, static_cast<const Real*>(p_.w_ih), p_.H, p_.I, panels.at(i),
+                          static_cast<int>(last - first), x, p_.x_stride_b);
+      }
+  }
   void cells(const Team& team, int64_t step, int64_t begin, int64_t& phase) const {
     team.sweep(phase++, Cell::panels(team.slice(vectors_)), [&](const Panel& panel, int64_t tile) {
       const auto op = cell_op(step, begin, batch_.first(tile), panel.first * kLanes<Real>);
+      if constexpr (kFlags == kNoFlags)
+        if (direct_) {
+          const int64_t stride = hidden_.read_stride(step);
+          return direct_rows<Cell>(op, static_cast<const Real*>(p_.w_hh), p_.H, p_.P, panel, batch_.height(tile),
+                                   hidden_.read(step) + batch_.first(tile) * stride, stride);
+        }
       Cell::template run<Chains::kSide, Real>(batch_.height(tile), panel, op, recurrent(step, panel, tile));
     });
   }
@@ -238,6 +266,7 @@ class RecurrentForward {
   using Sink = typename HiddenState<Real, kFlags>::Sink;
   const ForwardParams& p_;
   Clock clock_;
+  bool direct_;
   RowTiles batch_;
   int64_t width_, gates_stride_, vectors_, out_vectors_, chunk_;
   int threads_;
@@ -258,6 +287,7 @@ class RecurrentBackward {
   explicit RecurrentBackward(const BackwardParams& p)
       : p_(p),
         clock_{p.T, p.reverse},
+        direct_(is_direct<Real, kFlags>(p)),
         batch_(layer_tiles<Cell, Real>(p)),
         width_(tape_width(p.H)),
         gates_stride_(gates_width(p.H, Cell::kGates)),
@@ -338,7 +368,7 @@ class RecurrentBackward {
     progress_ = carver.take<int64_t>(threads_ * progress_stride_);
   }
   void place_recurrent(Carver& carver) {
-    r_ = carver.take<Real>(Cell::kGates * width_ * out_vectors_ * kLanes<Real>);
+    if (!direct_) r_ = carver.take<Real>(Cell::kGates * width_ * out_vectors_ * kLanes<Real>);
     if (p_.w_hr) w_hr_ = carver.take<Real>(p_.P * width_);
     place_projected(carver);
   }
@@ -350,7 +380,7 @@ class RecurrentBackward {
   }
   void place_products(Carver& carver) {
     const int64_t n = kLanes<Real>, K = Cell::kGates * width_;
-    if (p_.dx) {
+    if (p_.dx && !direct_) {
       w_ = carver.take<Real>(K * round_up(p_.I, n));
       block_ = carver.take<Real>(threads_ * InputGradient<Real>::block_numbers());
     }
@@ -397,7 +427,7 @@ class RecurrentBackward {
     const Team team = team_of(thread, threads);
     pack_recurrent(team);
     const PanelRange inputs{0, divide_up(p_.I, kLanes<Real>)};
-    if (p_.dx)
+    if (p_.dx && !direct_)
       pack_plain<Real>(p_.storage, p_.w_ih, Cell::kGates, p_.H, width_, p_.I, inputs, split(width_, threads, thread),
                        w_);
     if constexpr (kFlags == kWithOptions)
@@ -409,7 +439,7 @@ class RecurrentBackward {
                 recurrent_bytes<Cell, Real>(p_), progress_, progress_stride_);
   }
   void pack_recurrent(const Team& team) const {
-    if (!team.idle()) {
+    if (!team.idle() && !direct_) {
       const Range outs = team.slice(out_vectors_), units = team.slice(vectors_);
       if (p_.T > 1 || p_.dh0 || kFlags == kWithOptions)
         pack_plain<Real>(p_.storage, p_.w_hh, Cell::kGates, p_.H, width_, p_.P, {outs.begin, outs.end},
@@ -495,6 +525,17 @@ class RecurrentBackward {
                       hidden_.width(p_.P));
   }
   void input_gradient(const GateGradients<Real>& d, const Chunk& chunk, int thread, int threads) const {
+    if (direct_) {
+      const PanelRange columns{0, divide_up(p_.I, kLanes<Real>)};
+      const Range mine = split(columns.count(), threads, thread);
+      for (int64_t i = mine.begin; i < mine.end; ++i) {
+        const int64_t column = columns.at(i).first * kLanes<Real>;
+        const AccumulateOp<Real> op{static_cast<Real*>(p_.dx) + column, p_.I, p_.I - column, false};
+        direct_columns(op, DirectColumns<Real>{static_cast<const Real*>(p_.w_ih), Cell::kGates, p_.H, width_, p_.I},
+                       columns.at(i), static_cast<int>(d.rows), d.data, d.stride);
+      }
+      return;
+    }
     InputGradient<Real>{d,
                         p_.storage,
                         p_.I,
@@ -579,8 +620,16 @@ class RecurrentBackward {
         Cell::kHasC && p_.w_hr
             ? Product<Real>{w_hr_ + column * p_.P, p_.P, dh_ + (in_chunk(step, chunk) + row) * dh_stride_, dh_stride_}
             : recurrent(step, chunk, panel, tile);
-    run_tile<Chains::kSide, ALayout::kRows, Real>(batch_.height(tile), panel.vectors,
-                                                  cell_op(step, chunk, tile, row, column), product);
+    multiply_recurrent(panel, tile, cell_op(step, chunk, tile, row, column), product);
+  }
+  template <typename Op>
+  void multiply_recurrent(const Panel& panel, int64_t tile, const Op& op, const Product<Real>& product) const {
+    if constexpr (kFlags == kNoFlags)
+      if (direct_)
+        return direct_columns(op,
+                              DirectColumns<Real>{static_cast<const Real*>(p_.w_hh), Cell::kGates, p_.H, width_, p_.P},
+                              panel, batch_.height(tile), product.a, product.lda);
+    run_tile<Chains::kSide, ALayout::kRows, Real>(batch_.height(tile), panel.vectors, op, product);
   }
   // What becomes of the product for the rows of a tile, which begin at `row`, and the columns from `column` on.
   auto cell_op(int64_t step, const Chunk& chunk, int64_t tile, int64_t row, int64_t column) const {
@@ -613,9 +662,8 @@ class RecurrentBackward {
     }
   }
   void initial(const Chunk& chunk, const Panel& panel, int64_t tile) const {
-    run_tile<Chains::kSide, ALayout::kRows, Real>(batch_.height(tile), panel.vectors,
-                                                  initial_op(batch_.first(tile), panel.first * kLanes<Real>),
-                                                  recurrent(-1, chunk, panel, tile));
+    multiply_recurrent(panel, tile, initial_op(batch_.first(tile), panel.first * kLanes<Real>),
+                       recurrent(-1, chunk, panel, tile));
   }
   auto initial_op(int64_t row, int64_t column) const {
     return InitialHiddenGradOp<Real, kFlags>{hidden_.source(-1, row, column), p_.storage,
@@ -642,6 +690,7 @@ class RecurrentBackward {
   using Source = typename HiddenGradient<Real, kFlags>::Source;
   const BackwardParams& p_;
   Clock clock_;
+  bool direct_;
   RowTiles batch_;
   int64_t width_, gates_stride_, dh_stride_, vectors_, out_vectors_, chunk_;
   int threads_;

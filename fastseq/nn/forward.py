@@ -241,8 +241,7 @@ class RecurrentForward(_Module):
             x = outputs[0] if directions == 1 else torch.cat(outputs, dim=2)
             if layer < self.num_layers - 1:
                 x = self._dropout(x, packing)
-        last, every = (tuple(torch.stack(each) for each in zip(*some, strict=True)) for some in (finals, everything))
-        return x, last, every
+        return x, _stacked(finals), tuple(torch.stack(each) for each in zip(*everything, strict=True))
 
     def _weights(self, k: int) -> dict[str, Tensor]:
         """The weights of layer and direction k as the operation names them: w_ih, w_hh, b_ih, …, peephole, …"""
@@ -407,6 +406,13 @@ class RecurrentForward(_Module):
             if state.shape not in (shape, (steps, *shape)):
                 refuse_shape(name, f"the shape {list(shape)} of hx, or with a leading T {[steps, *shape]}", state.shape)
         return states if batched else tuple(state.unsqueeze(-2) for state in states)
+
+
+def _stacked(states: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """The states of each layer and direction -> each [L·D, …]; those of a single one are not copied."""
+    if len(states) == 1:
+        return tuple(state.unsqueeze(0) for state in states[0])
+    return tuple(torch.stack(each) for each in zip(*states, strict=True))
 
 
 def _flags(x: Tensor, extras: Extras, directions: int) -> list[Tensor | None]:

@@ -20,11 +20,9 @@ import torch
 from torch import Tensor
 
 from fastseq import cpu
-from fastseq.ops import dispatch
+from fastseq.ops.eager import PLAIN_TYPES, are_plain, is_eager
 
 States = tuple[Tensor, ...]
-
-PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 
 # The shapes of a step's arguments and results, and the number of rows: x, states, y, batch. A plain tuple: reading
@@ -55,9 +53,9 @@ class PackedStep:
         """Whether the module's weights can be packed for such arguments: parameters, dense, on the CPU, no gradient."""
         weights: list[Any] = [module._parameters.get(name) for of in names for name in of.values()]
         return (
-            cpu.available()
-            and is_eager()
-            and all(_is_plain(tensor) for tensor in (x, *states, *weights))
+            is_eager()
+            and None not in weights
+            and are_plain(x, *states, *weights)
             and all(weight.is_contiguous() for weight in weights)
             and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *states, *weights)))
         )
@@ -129,21 +127,6 @@ class PackedStep:
             batch, x.data_ptr(), h.data_ptr(), c.data_ptr(), y.data_ptr(), h_n.data_ptr(), c_n.data_ptr(), threads
         )
         return (y, (h_n, c_n)) if done else None
-
-
-def is_eager() -> bool:
-    """Whether nothing records, transforms or replaces operations: a kernel may be called past the dispatcher."""
-    return (
-        not torch._C._is_any_autocast_enabled()
-        and not torch._C._are_functorch_transforms_active()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and not torch._C._is_tracing()
-        and dispatch.forced() in (None, "cpp")
-    )
-
-
-def _is_plain(tensor: Any) -> bool:
-    return type(tensor) in PLAIN_TYPES and tensor.is_cpu and tensor.layout is torch.strided and not tensor.is_neg()
 
 
 def _wants_gradient(x: Tensor, states: States, weights: tuple[tuple[str, Tensor, int, int | None], ...]) -> bool:

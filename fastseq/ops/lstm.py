@@ -191,7 +191,7 @@ def layer(
         )
     _check(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr)
     if options is None and not recompute and not return_states:
-        y, h_n, c_n, _c, _gates = _fwd(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, flags, reverse, 0)
+        y, h_n, c_n, _c, _gates = _lstm.call(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, flags, reverse, 0)
         return y, h_n, c_n
     if recompute and return_states:
         raise ValueError("recompute: expected False with return_states, which returns the gates that it would not keep")
@@ -352,7 +352,7 @@ _INPUTS = (
 _OUTPUTS = Result("y", 1), Result("h_n", 0), Result("c_n", 0)
 _TAPE = Result("c", 1), Result("gates", 1)
 
-_fwd = Operation(
+_lstm = Operation(
     "lstm",
     inputs=_INPUTS,
     settings=("bool reverse",),
@@ -361,7 +361,7 @@ _fwd = Operation(
     fake=_fake_fwd,
     reference=(reference_fwd, reference_bwd),
     cpp=(kernels.lstm_fwd, kernels.lstm_bwd),
-).fwd
+)
 
 _OPTION_INPUTS = (
     Operand("h_reset", 1, NEEDS_RESET, optional=True),  # [1 or T, B, P]

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastseq.ops import eager, transforms
 from fastseq.ops import tape as tapes
-from fastseq.ops import transforms
 from fastseq.ops.dispatch import library, register_kernels
 from fastseq.reference.common import gradients
 
@@ -85,6 +85,7 @@ class Operation:
 
     Attributes:
         fwd, bwd, bwd_: the ops.
+        kernels: the C++ kernels of ``fwd`` and ``bwd_``, which :meth:`call` may call past the dispatcher.
     """
 
     def __init__(
@@ -121,6 +122,7 @@ class Operation:
         self._define(settings)
         ops = torch.ops.fastseq
         self.fwd, self.bwd, self.bwd_ = (getattr(ops, f"{name}_{kind}").default for kind in ("fwd", "bwd", "bwd_"))
+        self.kernels = cpp[0], self._overwriting(cpp[1])
         self._register_kernels(reference, cpp, options_of, options_used)
         torch.library.register_fake(f"fastseq::{name}_fwd", fake, lib=library)
         for kind in ("bwd", "bwd_"):
@@ -148,15 +150,29 @@ class Operation:
         op: str,
         used: tuple[Callable[..., Sequence[str]] | None, Callable[..., Sequence[str]] | None],
     ) -> None:
+        register_kernels(f"{self.name}_fwd", reference[0], cpp[0], op, used[0])
+        register_kernels(f"{self.name}_bwd", reference[1], cpp[1], op, used[1])
+        register_kernels(f"{self.name}_bwd_", reference[1], self.kernels[1], op, used[1])
+
+    def _overwriting(self, bwd: Callable[..., Any]) -> Callable[..., tuple[Tensor, ...]]:
         overwritten = len(self.received) + len(self.inputs) + len(self.tape)
 
         def overwriting_bwd(*args: Any) -> tuple[Tensor, ...]:
             torch.autograd.graph.increment_version(args[overwritten])
-            return cpp[1](*args, overwrite=True)  # type: ignore[no-any-return]
+            return bwd(*args, overwrite=True)  # type: ignore[no-any-return]
 
-        register_kernels(f"{self.name}_fwd", reference[0], cpp[0], op, used[0])
-        register_kernels(f"{self.name}_bwd", reference[1], cpp[1], op, used[1])
-        register_kernels(f"{self.name}_bwd_", reference[1], overwriting_bwd, op, used[1])
+        return overwriting_bwd
+
+    def call(self, *args: Any) -> tuple[Tensor, ...]:
+        """``fwd(*args)``; where nobody could tell the difference, past the dispatcher.
+
+        Not for operations with options.
+        """
+        if eager.may_call(*args[: len(self.inputs)]):
+            if torch.is_grad_enabled() and transforms.wants_gradient(*args):
+                return self._function.apply(None, *args)  # type: ignore[attr-defined, no-any-return]
+            return self.kernels[0](*args)  # type: ignore[no-any-return]
+        return self.fwd(*args)  # type: ignore[no-any-return]
 
     def _fake_bwd(self, *args: Any) -> tuple[Tensor, ...]:
         inputs = args[len(self.received) : len(self.received) + len(self.inputs)]
@@ -170,7 +186,8 @@ class Operation:
     # Autograd.
 
     def _register_autograd(self, reference_bwd: Callable[..., Any]) -> None:
-        forward, backward = _forward_function(self), _backward_function(self, reference_bwd)
+        self._function = forward = _forward_function(self)
+        backward = _backward_function(self, reference_bwd)
 
         def autograd_fwd(keyset: torch._C.DispatchKeySet, *args: Any) -> tuple[Tensor, ...]:
             transforms.refuse_forward_mode(f"{self.name}_fwd", *args)
@@ -230,14 +247,18 @@ def _forward_function(op: Operation) -> type[transforms.Function]:
 
     class Forward(transforms.Function):
         @staticmethod
-        def forward(ctx: Any, keyset: torch._C.DispatchKeySet, *args: Any) -> tuple[Tensor, ...]:
+        def forward(ctx: Any, keyset: torch._C.DispatchKeySet | None, *args: Any) -> tuple[Tensor, ...]:
             save = args[-1]
             how = tapes.ANY_ORDER if not save and not torch._C._are_functorch_transforms_active() else tapes.KEEP
-            results = transforms.redispatch(op.fwd, keyset, *args[:-1], how)
+            if keyset is None:  # past the dispatcher
+                results = op.kernels[0](*args[:-1], how)
+            else:
+                results = transforms.redispatch(op.fwd, keyset, *args[:-1], how)
             tape = results[outputs:]
             ctx.save_for_backward(*args[:taken], results[0], *tape)
             ctx.settings = args[taken:-1]
             ctx.private = not save
+            ctx.direct = keyset is None
             ctx.set_materialize_grads(False)
             if not save:
                 tape = tuple(value.new_empty(0) for value in tape)
@@ -260,7 +281,9 @@ def _forward_function(op: Operation) -> type[transforms.Function]:
                 if asked[place]:
                     needs |= bit
             saved = ctx.saved_tensors
-            bwd = op.bwd_ if ctx.private and transforms.may_overwrite_tape(saved[-1], *arriving) else op.bwd
+            bwd: Callable[..., tuple[Tensor, ...]] = op.bwd
+            if ctx.private and transforms.may_overwrite_tape(saved[-1], *arriving):
+                bwd = op.kernels[1] if ctx.direct and eager.may_call(*arriving, *saved) else op.bwd_
             found = bwd(*arriving, *saved, *ctx.settings, needs)
             for first, others, grad in zip(firsts, sharing, found, strict=True):
                 if asked[first]:

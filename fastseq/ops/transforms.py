@@ -64,6 +64,7 @@ def may_overwrite_tape(tape: Tensor, *grads: Tensor | None) -> bool:
     """
     return (
         type(tape) is Tensor
+        and not tape.is_neg()
         and not torch.is_grad_enabled()
         and not _keeps_graph()
         and not torch._C._are_functorch_transforms_active()
