@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import numpy as np
 
 from fastseq._extras import require
 from fastseq.datasets.labelled import Labelled
-from fastseq.datasets.source import DataNotFoundError, Folder, cache_folder, local_folder
+from fastseq.datasets.source import DataNotFoundError, Folder, cache_folder, local_folder, written_beside
 
 _ROOTS = ("CCAT", "GCAT", "MCAT", "ECAT")
 _ROWS = 20_000  # made dense at a time
@@ -34,12 +33,11 @@ def load_reuters(data_dir: Folder | None = None, *, features: int = 2000) -> Lab
     words = words[:, _frequent(words, features)]
     path = cache_folder("rcv1") / f"reuters-{words.shape[0]}x{words.shape[1]}.npy"
     if not path.exists():
-        beside = path.with_name(f".{path.name}.part")
-        data = np.lib.format.open_memmap(beside, "w+", np.float32, words.shape)
-        for start in range(0, words.shape[0], _ROWS):
-            data[start : start + _ROWS] = _scaled(words[start : start + _ROWS])
-        data.flush()
-        os.replace(beside, path)
+        with written_beside(path) as beside:
+            data = np.lib.format.open_memmap(beside, "w+", np.float32, words.shape)
+            for start in range(0, words.shape[0], _ROWS):
+                data[start : start + _ROWS] = _scaled(words[start : start + _ROWS])
+            data.flush()
     return Labelled(np.load(path, mmap_mode="r"), labels, _ROOTS)
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import urllib.request
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -41,6 +42,21 @@ def cache_folder(name: str) -> Path:
     folder = Path(base) / "fastseq" / name
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+@contextmanager
+def written_beside(target: Path) -> Iterator[Path]:
+    """A path to write to, which becomes ``target`` in one step: half a file is never taken for a whole one.
+
+    Nothing is left of it where the body raises or has removed it.
+    """
+    beside = target.with_name(f".{target.name}.part")
+    try:
+        yield beside
+        if beside.exists():
+            os.replace(beside, target)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def find_local(name: str, files: Iterable[str], data_dir: Folder | None) -> Path | None:
@@ -98,16 +114,13 @@ def _fetch(url: str, target: Path, checksum: str, algorithm: str) -> str:
     from tqdm import tqdm
 
     digest = hashlib.new(algorithm, usedforsecurity=False)
-    beside = target.with_name(f".{target.name}.part")
-    try:
+    with written_beside(target) as beside:
         with urllib.request.urlopen(url, timeout=_TIMEOUT) as source, beside.open("wb") as file:
             total = int(source.headers.get("Content-Length") or 0) or None
             with tqdm(total=total, unit="B", unit_scale=True, desc=target.name, leave=False) as bar:
                 _copy(source, file, digest, bar)
-        if digest.hexdigest() == checksum:
-            os.replace(beside, target)
-    finally:
-        beside.unlink(missing_ok=True)
+        if digest.hexdigest() != checksum:
+            beside.unlink()
     return digest.hexdigest()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import tarfile
 from pathlib import Path
@@ -12,7 +11,7 @@ from numpy.typing import NDArray
 
 from fastseq._extras import require
 from fastseq.datasets.labelled import Labelled
-from fastseq.datasets.source import Folder, cache_folder, find, find_local
+from fastseq.datasets.source import Folder, cache_folder, find, find_local, written_beside
 
 _URL = "http://ai.stanford.edu/~acoates/stl10/stl10_binary.tar.gz"
 _MD5 = "91f7769df0f17e558f3565bffb0c7dfb"  # as in torchvision
@@ -69,10 +68,8 @@ def _folder(data_dir: Folder | None) -> Path:
             if source is None:
                 raise ValueError(f"{archive}: {name} is not a file")
             target = folder / Path(name).name
-            beside = target.with_name(f".{target.name}.part")
-            with source, beside.open("wb") as copy:
+            with written_beside(target) as beside, source, beside.open("wb") as copy:
                 shutil.copyfileobj(source, copy)
-            os.replace(beside, target)  # in one step: half a file is never taken for a whole one
     return folder
 
 
