@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
 
-WIDTH = 150  # of the table in a pipe or a file
+WIDTH = 180  # of the table in a pipe or a file: room for the columns of every library
 QUICK = Settings(rounds=5, seconds=1.0, memory=False)
 
 DESCRIPTION = """Times the layers of torch.nn, onnxruntime, OpenVINO (where installed) and fastseq side by side: in one
