@@ -53,8 +53,9 @@ class PackedStep:
         """Whether the module's weights can be packed for such arguments: parameters, dense, on the CPU, no gradient."""
         weights: list[Any] = [module._parameters.get(name) for of in names for name in of.values()]
         return (
-            is_eager()
-            and None not in weights
+            cpu.available()
+            and is_eager()
+            and all(weight is not None for weight in weights)
             and are_plain(x, *states, *weights)
             and all(weight.is_contiguous() for weight in weights)
             and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *states, *weights)))

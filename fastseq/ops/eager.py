@@ -29,7 +29,7 @@ _PLAIN_KEYS = _plain_keys()
 
 
 def is_eager() -> bool:
-    """Whether nothing records, transforms or replaces operations, and the C++ kernels serve CPU tensors.
+    """Whether nothing records, transforms or replaces operations, and no other kernels than C++ are forced.
 
     Not to be asked while ``torch.compile`` traces.
     """
@@ -42,7 +42,6 @@ def is_eager() -> bool:
         and not torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
         and forward_ad._current_level < 0
         and dispatch.forced() in (None, "cpp")
-        and cpu.available()
     )
 
 
@@ -56,4 +55,4 @@ def are_plain(*values: Tensor | None) -> bool:
 
 def may_call(*values: Tensor | None) -> bool:
     """Whether a kernel may be called with these tensors past the dispatcher."""
-    return not torch.compiler.is_compiling() and is_eager() and are_plain(*values)
+    return not torch.compiler.is_compiling() and cpu.available() and is_eager() and are_plain(*values)
