@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 import fastseq
+from fastseq import cpu
 
 # 16 H^2 bytes of recurrent weights: enough for two threads to share the hidden units and wait for each other.
 T, B, I, H = 12, 8, 40, 192
 
 
-def train(module: fastseq.LSTM, x: Tensor) -> list[Tensor]:
+def train(module: fastseq.LSTM | fastseq.RNN, x: Tensor) -> list[Tensor]:
     """The output and every gradient."""
     x = x.detach().requires_grad_()
     y, _ = module(x)
@@ -101,6 +102,32 @@ def test_threads_of_python_at_once_and_another_number_of_threads_meanwhile(modul
                 time.sleep(0.001)
         for each, wanted in zip(running, expected, strict=True):
             assert all(same(got, wanted) for got in each.result())
+    finally:
+        torch.set_num_threads(before)
+
+
+# Weights that fit the cache of a core only where several share them, so that threads go about it another way; and sums
+# of more numbers than one chain of additions takes.
+SHARED = [(3, 12, 300, 300, 0), (3, 33, 200, 200, 0), (2, 17, 530, 270, 0), (2, 40, 64, 200, 100), (2, 13, 700, 725, 0)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("isa", cpu.isas())
+@pytest.mark.parametrize(("T", "B", "I", "H", "P"), SHARED)
+def test_the_same_bits_from_any_number_of_threads(
+    T: int, B: int, I: int, H: int, P: int, isa: str, dtype: torch.dtype, seed: int
+) -> None:
+    before = torch.get_num_threads()
+    modules = [fastseq.LSTM(I, H, proj_size=P, dtype=dtype), fastseq.RNN(I, H, dtype=dtype)]
+    x = torch.randn(T, B, I, dtype=dtype)
+    try:
+        with cpu.use_isa(isa):
+            for module in modules:
+                torch.set_num_threads(1)
+                expected = train(module, x)
+                for threads in (2, 3, 5):
+                    torch.set_num_threads(threads)
+                    assert all(map(torch.equal, train(module, x), expected)), threads
     finally:
         torch.set_num_threads(before)
 

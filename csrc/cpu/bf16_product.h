@@ -175,7 +175,8 @@ struct Sums {
   int64_t stride, vector_stride;
 };
 
-// C = init + the sum of left[i] * panel[i].
+// C = init + the sum of left[i] * panel[i]. Each sum is the same whether one product has all sources, or another one
+// made `init` of the first of them; `before` is then how many chunks of K that had.
 struct BF16Product {
   int rows, vectors;
   int sources;
@@ -184,6 +185,7 @@ struct BF16Product {
   int64_t vector_numbers[2];  // of one vector of the panel
   Sums init;                  // no data: zero
   Sums out;
+  int64_t before = 0;
 };
 
 #if defined(__AMX_BF16__)
@@ -225,12 +227,13 @@ class BF16Unit {
     p_ = product;
     configure(p_.rows);
     two_ = p_.rows > kTileColumns;
-    vector_ = 0;
-    start_pass();
     int64_t chunks = 0;
     for (int i = 0; i < p_.sources; ++i) chunks += p_.left[i].groups * p_.left[i].chunks;
     const int passes = two_ ? (p_.vectors + 1) / 2 : p_.vectors / 4 + p_.vectors % 4;
     steps_ = chunks * passes;
+    one_chain_ = kTerms<Number> == 1 || p_.before + chunks <= kLongestChain;
+    vector_ = 0;
+    start_pass();
   }
   // So many calls of advance(steps_in(calls)) finish the product.
   int64_t steps_in(int64_t calls) const { return two_ ? divide_up(steps_, calls) : steps_; }
@@ -253,6 +256,13 @@ class BF16Unit {
   bool two_ = false, fresh_ = false;
   int vector_ = 0, width_ = 0, source_ = 0;
   int64_t steps_ = 0, group_ = 0, left_chunks_ = 0;
+  // A chunk of terms adds to each sum six times. So that a long K has no longer a chain than a library's product, sums
+  // leave the tiles after at most so many chunks, and with each source, and are added up on vectors.
+  static constexpr int64_t kLongestChain = 16;
+  bool one_chain_ = true;
+  int64_t left_in_chain_ = 0;
+  Sums sum_{};  // of the chains of this pass that have left the tiles; no data: none
+  alignas(64) float part_[kTerms<Number> > 1 ? 4 * 16 * kTileColumns : 1];  // of the one that leaves them
   const char* a_ = nullptr;
   const BFloat16* b_ = nullptr;
 
@@ -287,15 +297,28 @@ class BF16Unit {
     left_chunks_ = p_.left[source].chunks;
     a_ = p_.left[source].data;
     b_ = p_.panel[source] + vector_ * p_.vector_numbers[source];
+    if (!one_chain_) left_in_chain_ = longest_chain(p_.left[source]);
+  }
+
+  // The chains of a source are about as long as one another.
+  static int64_t longest_chain(const LeftOperand& left) {
+    const int64_t chunks = left.groups * left.chunks;
+    return divide_up(chunks, divide_up(chunks, kLongestChain));
   }
 
   // At most so many chunks of K; returns how many.
   FASTSEQ_INLINE int64_t run(int64_t most) {
     if (fresh_) {
       fresh_ = false;
-      load_sums();
+      start_sums();
     }
-    const int64_t steps = most < left_chunks_ ? most : left_chunks_;
+    int64_t steps = most < left_chunks_ ? most : left_chunks_;
+    if constexpr (kTerms<Number> > 1)
+      if (!one_chain_) {
+        if (left_in_chain_ == 0) end_chain(), left_in_chain_ = longest_chain(p_.left[source_]);
+        if (steps > left_in_chain_) steps = left_in_chain_;
+        left_in_chain_ -= steps;
+      }
     if (two_)
       width_ > 1 ? chunks<2, 2>(steps) : chunks<2, 1>(steps);
     else
@@ -417,19 +440,48 @@ class BF16Unit {
     left_chunks_ = left.chunks;
     a_ = left.data + ++group_ * left.group_stride;
     if (group_ < left.groups) return;
-    if (source_ + 1 < p_.sources) return start_source(source_ + 1);
-    store_sums();
+    if (source_ + 1 < p_.sources) {
+      if (!one_chain_) end_chain();
+      return start_source(source_ + 1);
+    }
+    end_pass();
     vector_ += width_;
     if (vector_ < p_.vectors) start_pass();
   }
 
-  FASTSEQ_INLINE void load_sums() const {
-    if (p_.init.data == nullptr) {
-      zero_tile<0>();
-      zero_tile<1>();
-      zero_tile<2>();
-      zero_tile<3>();
-      return;
+  FASTSEQ_INLINE Sums pass_of(const Sums& sums) const {
+    return {sums.data + vector_ * sums.vector_stride, sums.stride, sums.vector_stride};
+  }
+  // The sums leave the tiles, for a next chain that starts from zero.
+  FASTSEQ_INLINE void end_chain() {
+    end_pass();
+    sum_ = pass_of(p_.out);
+    clear_tiles();
+  }
+  FASTSEQ_INLINE void end_pass() {
+    const Sums out = pass_of(p_.out);
+    if (kTerms<Number> == 1 || sum_.data == nullptr) return store_sums(out);
+    const Sums part{part_, width_ * kTileColumns, kTileColumns};
+    store_sums(part);
+    for (int r = 0; r < p_.rows; ++r)
+      for (int v = 0; v < width_; ++v)
+        store(out.data + r * out.stride + v * out.vector_stride,
+              load(sum_.data + r * sum_.stride + v * sum_.vector_stride) +
+                  load(part.data + r * part.stride + v * part.vector_stride));
+  }
+
+  static FASTSEQ_INLINE void clear_tiles() {
+    zero_tile<0>();
+    zero_tile<1>();
+    zero_tile<2>();
+    zero_tile<3>();
+  }
+  FASTSEQ_INLINE void start_sums() {
+    sum_ = {};
+    if (p_.init.data == nullptr) return clear_tiles();
+    if (!one_chain_ && p_.before > 0) {
+      sum_ = pass_of(p_.init);
+      return clear_tiles();
     }
     const float* from = p_.init.data + vector_ * p_.init.vector_stride;
     const int64_t stride = p_.init.stride * 4, next = p_.init.vector_stride;
@@ -444,13 +496,13 @@ class BF16Unit {
       load_tile<3>(from + 3 * next, stride);
     }
   }
-  FASTSEQ_INLINE void store_sums() const {
-    float* to = p_.out.data + vector_ * p_.out.vector_stride;
-    const int64_t stride = p_.out.stride * 4, next = p_.out.vector_stride;
+  FASTSEQ_INLINE void store_sums(const Sums& sums) const {
+    float* to = sums.data;
+    const int64_t stride = sums.stride * 4, next = sums.vector_stride;
     store_tile<0>(to, stride);
     if (width_ > 1) store_tile<1>(to + next, stride);
     if (two_) {
-      to += top_ * p_.out.stride;
+      to += top_ * sums.stride;
       store_tile<2>(to, stride);
       if (width_ > 1) store_tile<3>(to + next, stride);
     } else if (width_ > 1) {

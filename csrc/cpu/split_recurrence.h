@@ -122,6 +122,7 @@ class SplitForward : public RecurrentForward<Cell, float, kFlags> {
     Base::place_state(carver);
     w_ = carver.take<BFloat16>(Cell::kGates * vectors_ * w_numbers_);
     if (in_tiles_) {
+      nothing_ = carver.take<float>(Cell::kGates * width_);
       r_ = carver.take<BFloat16>(Cell::kGates * vectors_ * r_numbers_);
       for (BFloat16*& h : h_) h = carver.take<BFloat16>(p_.B * h_stride_);
       if (p_.w_hr) {
@@ -137,6 +138,7 @@ class SplitForward : public RecurrentForward<Cell, float, kFlags> {
   void prepare() {
     Base::prepare();
     if (!in_tiles_) return;
+    memset(nothing_, 0, static_cast<size_t>(Cell::kGates * width_) * sizeof(float));
     copy_rows(hidden_.read(0), hidden_.read_stride(0), h_[0], h_stride_, p_.B, p_.P);
     memset(h_[1], 0, static_cast<size_t>(p_.B * h_stride_) * sizeof(BFloat16));
     if (u_) memset(u_, 0, static_cast<size_t>(p_.B * u_stride_) * sizeof(BFloat16));
@@ -181,7 +183,7 @@ class SplitForward : public RecurrentForward<Cell, float, kFlags> {
     alignas(64) float sums[2][kSumsNumbers];
     const PanelRange panels = Cell::panels(units);
     // One product of x and h where its weights stay in cache: the projected input need not be stored.
-    const bool joined = bytes / team.members <= kSplitResidentBytes;
+    const bool joined = p_.I > 0 && bytes / team.members <= kSplitResidentBytes;
     int64_t phase = 0;
     for (int64_t first = 0; first < p_.T; first += chunk_) {
       const int64_t last = first + chunk_ < p_.T ? first + chunk_ : p_.T;
@@ -199,9 +201,7 @@ class SplitForward : public RecurrentForward<Cell, float, kFlags> {
             [&](const Panel& panel, int64_t block, float* to) {
               begin_product(unit, joined, step, begin, panel, block, to);
             },
-            [&](const Panel& panel, int64_t block, const float* from) {
-              cell(unit, joined, from, step, begin, panel, block);
-            });
+            [&](const Panel& panel, int64_t block, const float* from) { cell(unit, from, step, begin, panel, block); });
         if (p_.w_hr)
           sweep_pipelined(
               unit, team, phase++, {outs.begin, outs.end}, sums,
@@ -249,29 +249,45 @@ class SplitForward : public RecurrentForward<Cell, float, kFlags> {
     }
   }
 
-  // h_{t-1} R^T for a block, or that and x_t W^T.
+  // bias + x_t W^T + h_{t-1} R^T for a block, or what is left of it where the gates have the projected input.
   void begin_product(BF16Unit<float>& unit, bool joined, int64_t step, int64_t begin, const Panel& panel, int64_t block,
                      float* sums) const {
-    const int64_t row = blocks_.first(block);
+    const int64_t row = blocks_.first(block), t = clock_.time(step), column = panel.first * kTileColumns;
     const int rows = rows_of(step, block, sums);
     if (rows == 0) return;
-    const BFloat16* x = staged_ + ((clock_.time(step) - begin) * p_.B + row) * x_stride_;
+    const int64_t vector_stride = Cell::template slot_stride<float>(width_);
+    const LeftOperand h = dense_left<float>(h_[step % 2] + row * h_stride_, h_stride_ * 2, chunks_of(p_.P));
+    const BFloat16* r = r_ + panel.first * Cell::kGates * r_numbers_;
+    const Sums out{sums, kSumsStride, kTileColumns};
+    const int vectors = static_cast<int>(panel.vectors * Cell::kGates);
+    if (joined) {
+      const BFloat16* x = staged_ + ((t - begin) * p_.B + row) * x_stride_;
+      return unit.begin({rows,
+                         vectors,
+                         2,
+                         {dense_left<float>(x, x_stride_ * 2, chunks_of(p_.I)), h},
+                         {w_ + panel.first * Cell::kGates * w_numbers_, r},
+                         {w_numbers_, r_numbers_},
+                         {bias_ + column, 0, vector_stride},
+                         out});
+    }
+    float* projected = Base::gates(t, begin) + row * gates_stride_ + column;
     unit.begin({rows,
-                static_cast<int>(panel.vectors * Cell::kGates),
-                joined && p_.I > 0 ? 2 : 1,
-                {dense_left<float>(h_[step % 2] + row * h_stride_, h_stride_ * 2, chunks_of(p_.P)),
-                 dense_left<float>(x, x_stride_ * 2, chunks_of(p_.I))},
-                {r_ + panel.first * Cell::kGates * r_numbers_, w_ + panel.first * Cell::kGates * w_numbers_},
-                {r_numbers_, w_numbers_},
-                {},
-                {sums, kSumsStride, kTileColumns}});
+                vectors,
+                1,
+                {h, {}},
+                {r, nullptr},
+                {r_numbers_, 0},
+                {projected, gates_stride_, vector_stride},
+                out,
+                chunks_of(p_.I)});
   }
 
-  void cell(BF16Unit<float>& unit, bool joined, const float* sums, int64_t step, int64_t begin, const Panel& panel,
+  void cell(BF16Unit<float>& unit, const float* sums, int64_t step, int64_t begin, const Panel& panel,
             int64_t block) const {
     const int64_t row = blocks_.first(block), column = panel.first * kTileColumns;
     auto op = Base::cell_op(step, begin, row, column);
-    if (joined) op.preactivation = bias_ + column, op.preactivation_stride = 0;
+    op.preactivation = nothing_, op.preactivation_stride = 0;  // the sums have it
     finish_rows<Cell::kHasC>(op, blocks_.height(block), panel.vectors, sums, unit, [&](int r) {
       if (!p_.w_hr) return split_hidden(step, row + r, panel);
       const float* from = unprojected_ + (row + r) * width_ + column;
@@ -311,6 +327,7 @@ class SplitForward : public RecurrentForward<Cell, float, kFlags> {
   int64_t h_stride_, x_stride_, u_stride_, w_numbers_, r_numbers_, w_hr_numbers_;
   BFloat16 *w_ = nullptr, *r_ = nullptr, *w_hr_ = nullptr;
   BFloat16 *h_[2] = {nullptr, nullptr}, *u_ = nullptr, *staged_ = nullptr;  // u_: o tanh(c), to be projected
+  float* nothing_ = nullptr;                                                // zeros, as many as the bias has
 };
 
 template <typename Cell, Flags kFlags>
