@@ -72,7 +72,7 @@ ForwardParams forward_params(int storage, int activation, const std::vector<std:
                              bool any_order, int threads) {
   ForwardParams p{};
   set_sizes(p, storage, activation, sizes, threads);
-  require(((x && w_ih) || sizes[2] == 0) && h0 && w_hh && y && h_n, "x, h0, w_ih, w_hh, y and h_n");
+  require(((x && w_ih) || sizes[2] == 0) && w_hh && y && h_n, "x, w_ih, w_hh, y and h_n");
   p.x_stride_t = x_stride_t, p.x_stride_b = x_stride_b;
   p.x = pointer(x), p.h0 = pointer(h0), p.c0 = pointer(c0);
   p.w_ih = pointer(w_ih), p.w_hh = pointer(w_hh), p.w_hr = pointer(w_hr);
@@ -135,7 +135,7 @@ void check_norm(const LayerOptions* options) {
 
 void check_lstm_forward(const ForwardParams& p) {
   check_norm(p.options);
-  require(p.c0 && p.c_n, "c0 and c_n");
+  require(p.c_n, "c_n");
   if (!p.c && p.gates) throw std::invalid_argument("the tape is c and gates, c alone, or neither");
   if (p.w_hr == nullptr && p.P != p.H) throw std::invalid_argument("without w_hr, P must be H");
 }

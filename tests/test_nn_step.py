@@ -68,7 +68,7 @@ def test_a_stream_is_the_sequence(module: Any, packs: list[int]) -> None:
             assert_close(stream(module, x, start), module(x, start))
         one = None if state is None else torch.utils._pytree.tree_map(lambda v: v[:, 0], state)
         assert_close(stream(module, x[:, 0], one), module(x[:, 0], one))
-        assert len(packs) == (0 if module._alters_step() else 1)
+        assert len(packs) == (0 if module._alters_layers() else 1)
     with torch.inference_mode():
         assert_close(stream(module, x, state), module(x, state))
     module.batch_first = True  # of no meaning for one step

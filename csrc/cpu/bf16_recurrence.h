@@ -85,7 +85,10 @@ class BF16RecurrentForward {
 
   void prepare() {
     memset(progress_, 0, static_cast<size_t>(threads_ * progress_stride_) * sizeof(int64_t));
-    copy_rows(half(p_.h0), p_.H, h_[0], h_stride_, p_.B, p_.H);
+    if (p_.h0)
+      copy_rows(half(p_.h0), p_.H, h_[0], h_stride_, p_.B, p_.H);
+    else
+      memset(h_[0], 0, static_cast<size_t>(p_.B * h_stride_) * sizeof(BFloat16));
     memset(h_[1], 0, static_cast<size_t>(p_.B * h_stride_) * sizeof(BFloat16));
     if (Cell::kHasC) load_rows<float>(p_.storage, p_.c0, p_.H, c_, width_, p_.B, p_.H);
     for (int64_t gate = 0; gate < Cell::kGates; ++gate)

@@ -53,7 +53,7 @@ struct ForwardParams {
   Activation activation;
   int64_t T, B, I, H, P;
   int64_t x_stride_t, x_stride_b;
-  const void *x, *h0, *c0;                       // [T, B, I], [B, P], [B, H]
+  const void *x, *h0, *c0;                       // [T, B, I], [B, P] or null for zeros, [B, H] or null for zeros
   const void *w_ih, *w_hh, *b_ih, *b_hh, *w_hr;  // [GH, I], [GH, P], [GH] or null, [GH] or null, [P, H] or null
   const uint8_t* flags;                          // [T, B] or null
   bool reverse;

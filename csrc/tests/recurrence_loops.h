@@ -14,6 +14,7 @@ struct Problem {
   bool lstm, projected, reverse, flags, bias;
   Activation activation;
   int T, B, I, H, P, threads;
+  bool no_states;  // h0 and c0 are zeros, and not given
   // Options.
   bool reset_state, reset_per_step, h_mask, zoneout, peephole, recompute;
   double zoneout_rate, cell_clip, grad_clip;  // 0: none; a rate is for both states, in place of masks
@@ -33,7 +34,7 @@ struct Problem {
     const auto add = [&](bool there, const char* name) { all += there ? std::string(" ") + name : std::string(); };
     add(reset_state, reset_per_step ? "reset states" : "reset state"), add(h_mask, "h_mask"), add(zoneout, "zoneout");
     add(zoneout_rate > 0, "zoneout by rate"), add(peephole, "peephole"), add(cell_clip > 0, "cell_clip");
-    add(grad_clip > 0, "grad_clip"), add(recompute, "recompute");
+    add(grad_clip > 0, "grad_clip"), add(recompute, "recompute"), add(no_states, "no states");
     add(norm == Norm::kHaste, "haste"), add(norm == Norm::kTorchaudio, "torchaudio");
     return all;
   }

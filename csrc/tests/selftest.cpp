@@ -83,7 +83,8 @@ Results by_kernels(const KernelTable& table, const Problem& p, const Data& d) {
   forward.activation = p.activation;
   forward.T = p.T, forward.B = p.B, forward.I = p.I, forward.H = p.H, forward.P = p.P;
   forward.x_stride_t = p.B * p.I, forward.x_stride_b = p.I;
-  forward.x = x.data(), forward.h0 = h0.data(), forward.c0 = c0.data();
+  forward.x = x.data();
+  forward.h0 = p.no_states ? nullptr : h0.data(), forward.c0 = p.no_states ? nullptr : c0.data();
   forward.w_ih = w_ih.data(), forward.w_hh = w_hh.data(), forward.w_hr = p.projected ? w_hr.data() : nullptr;
   forward.b_ih = p.bias ? b_ih.data() : nullptr, forward.b_hh = p.bias ? b_hh.data() : nullptr;
   forward.flags = p.flags ? d.flags.data() : nullptr;
@@ -184,6 +185,7 @@ Problem draw_problem(std::mt19937& random) {
   p.T = 1 + below(9), p.B = 1 + below(below(2) ? 30 : 4), p.I = 1 + below(40), p.H = 1 + below(below(2) ? 90 : 20);
   p.P = p.projected ? 1 + below(50) : p.H;
   p.threads = 1 + below(4);
+  p.no_states = below(4) == 0;
   if (below(2)) draw_options(p, random);
   return p;
 }
@@ -193,7 +195,8 @@ Data draw_data(const Problem& p, std::mt19937& random) {
   const int G = p.gates() * p.H;
   const double scale = 0.5 / std::sqrt(p.H);
   Data d;
-  d.x = draw(p.T * p.B * p.I, 1), d.h0 = draw(p.B * p.P, 1), d.c0 = draw(p.B * p.H, 1);
+  d.x = draw(p.T * p.B * p.I, 1), d.h0 = draw(p.B * p.P, p.no_states ? 0 : 1);
+  d.c0 = draw(p.B * p.H, p.no_states ? 0 : 1);
   d.w_ih = draw(G * p.I, scale), d.w_hh = draw(G * p.P, scale), d.b_ih = draw(G, scale), d.b_hh = draw(G, scale);
   d.w_hr = draw(p.projected ? p.P * p.H : 0, scale);
   d.grad_y = draw(p.T * p.B * p.P, 1), d.grad_h_n = draw(p.B * p.P, 1), d.grad_c_n = draw(p.B * p.H, 1);

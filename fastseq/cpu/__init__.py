@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-from fastseq.cpu import clustering_loss, lstm, nearest_center, rnn, step, student_t, target_distribution
+from fastseq.cpu import clustering_loss, lstm, nearest_center, rnn, stack, step, student_t, target_distribution
 from fastseq.cpu.extension import _cpu
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "lstm",
     "nearest_center",
     "rnn",
+    "stack",
     "step",
     "student_t",
     "target_distribution",

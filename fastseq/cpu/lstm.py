@@ -23,8 +23,17 @@ from fastseq.cpu.options import Given, KernelOptions, per_step, reset_gradient
 from fastseq.ops.needs import NEEDS_MASK, NEEDS_RESET, NEEDS_STATE, NEEDS_WEIGHTS, NEEDS_X
 from fastseq.ops.tape import KEEP, accumulate_dtype, tape_shapes
 
+Sizes = tuple[int, int, int, int, int]
+
+
+def _sizes(x: Tensor, h0: Tensor, w_hh: Tensor) -> Sizes:
+    """(T, B, I, H, P)."""
+    steps, batch, inputs = x.shape
+    return steps, batch, inputs, w_hh.shape[0] // 4, h0.shape[-1]
+
 
 def _check(
+    sizes: Sizes,
     x: Tensor,
     h0: Tensor,
     c0: Tensor,
@@ -34,10 +43,9 @@ def _check(
     b_hh: Tensor | None,
     w_hr: Tensor | None,
     flags: Tensor | None,
-) -> tuple[int, int, int, int, int]:
-    """The sizes (T, B, I, H, P), with every input found to have the size they say."""
-    steps, batch, inputs = x.shape
-    hidden, outputs = w_hh.shape[0] // 4, h0.shape[-1]
+) -> None:
+    """Every input has the size that ``sizes`` say."""
+    steps, batch, inputs, hidden, outputs = sizes
     dtype = x.dtype
     expect(
         (
@@ -52,7 +60,6 @@ def _check(
             ("flags", flags, (steps, batch), torch.uint8),
         )
     )
-    return steps, batch, inputs, hidden, outputs
 
 
 def lstm_fwd(
@@ -70,10 +77,13 @@ def lstm_fwd(
     *,
     options: Given | None = None,
     recompute: bool = False,
+    checked: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``(y, h_n, c_n, c, gates)``; the tape ``c``, ``gates`` is empty unless ``save``, and without gates if they are to
-    be made again."""
-    sizes = _check(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, flags)
+    be made again. ``checked``: the inputs are as they should be."""
+    sizes = _sizes(x, h0, w_hh)
+    if not checked:
+        _check(sizes, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, flags)
     steps, batch, _, hidden, outputs = sizes
     c_shape, gates_shape = tape_shapes(steps, batch, hidden) if save else ((0,), (0,))
     wide = accumulate_dtype(x.dtype)
@@ -139,7 +149,8 @@ def lstm_bwd(
 
     ``options`` name the memory of their gradients too.
     """
-    sizes = _check(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, flags)
+    sizes = _sizes(x, h0, w_hh)
+    _check(sizes, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, flags)
     steps, batch, _, hidden, outputs = sizes
     c_shape, gates_shape = tape_shapes(steps, batch, hidden)
     wide = accumulate_dtype(x.dtype)

@@ -26,7 +26,18 @@ from fastseq.ops.tape import KEEP, accumulate_dtype, slopes_shape
 ACTIVATIONS = {"tanh": 0, "relu": 1, "sigmoid": 2}
 
 
+Sizes = tuple[int, int, int, int, int]
+
+
+def _sizes(x: Tensor, h0: Tensor) -> Sizes:
+    """(T, B, I, H, H)."""
+    steps, batch, inputs = x.shape
+    hidden = h0.shape[-1]
+    return steps, batch, inputs, hidden, hidden
+
+
 def _check(
+    sizes: Sizes,
     x: Tensor,
     h0: Tensor,
     w_ih: Tensor,
@@ -35,12 +46,11 @@ def _check(
     b_hh: Tensor | None,
     flags: Tensor | None,
     nonlinearity: str,
-) -> tuple[int, int, int, int, int]:
-    """The sizes (T, B, I, H, H), with every input found to have the size they say."""
+) -> None:
+    """Every input has the size that ``sizes`` say, and there is such a nonlinearity."""
     if nonlinearity not in ACTIVATIONS:
         raise ValueError(f"nonlinearity: expected one of {', '.join(ACTIVATIONS)}, got {nonlinearity!r}")
-    steps, batch, inputs = x.shape
-    hidden = h0.shape[-1]
+    steps, batch, inputs, hidden, _ = sizes
     dtype = x.dtype
     expect(
         (
@@ -53,7 +63,6 @@ def _check(
             ("flags", flags, (steps, batch), torch.uint8),
         )
     )
-    return steps, batch, inputs, hidden, hidden
 
 
 def rnn_fwd(
@@ -69,9 +78,15 @@ def rnn_fwd(
     save: int,
     *,
     options: Given | None = None,
+    checked: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``(y, h_n, slopes)``; the tape ``slopes`` is empty unless ``save``."""
-    sizes = _check(x, h0, w_ih, w_hh, b_ih, b_hh, flags, nonlinearity)
+    """``(y, h_n, slopes)``; the tape ``slopes`` is empty unless ``save``.
+
+    ``checked``: the inputs are as they should be.
+    """
+    sizes = _sizes(x, h0)
+    if not checked:
+        _check(sizes, x, h0, w_ih, w_hh, b_ih, b_hh, flags, nonlinearity)
     steps, batch, _, hidden, _ = sizes
     y, h_n = new_output(x, (steps, batch, hidden)), h0.new_empty(h0.shape)
     shape = slopes_shape(steps, batch, hidden) if save else (0,)
@@ -133,7 +148,8 @@ def rnn_bwd(
 
     ``options`` name the memory of their gradients too.
     """
-    sizes = _check(x, h0, w_ih, w_hh, b_ih, b_hh, flags, nonlinearity)
+    sizes = _sizes(x, h0)
+    _check(sizes, x, h0, w_ih, w_hh, b_ih, b_hh, flags, nonlinearity)
     steps, batch, _, hidden, _ = sizes
     expect(
         (

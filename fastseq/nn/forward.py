@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from fastseq.errors import ShapeError
-from fastseq.nn import vendor
+from fastseq.nn import inference, vendor
 from fastseq.nn.packing import Packing
 from fastseq.nn.streaming import Form, PackedStep
 from fastseq.ops.checks import refuse_shape
@@ -103,7 +103,7 @@ class RecurrentForward(_Module):
         """Whether the module computes something that torch.nn's does not."""
         return (self.recurrent_dropout > 0 and self.training) or self.grad_clip is not None or self.recompute
 
-    def _alters_step(self) -> bool:
+    def _alters_layers(self) -> bool:
         """Whether a step computes something else than the plain layers, at least by chance."""
         return bool(self.training and (self.dropout or self.recurrent_dropout))
 
@@ -142,7 +142,8 @@ class RecurrentForward(_Module):
             states = None if states is None else tuple(state.unsqueeze(1) for state in states)
         self._check_input(x)
         steps, batch = x.size(0), x.size(1)
-        states = self._initial(x, batch, states)
+        if states is not None:
+            states = self._initial(x, batch, states)
         if steps == 0:
             raise ShapeError(
                 "Expected sequence length to be larger than 0 in RNN: input has an empty time axis, "
@@ -156,9 +157,13 @@ class RecurrentForward(_Module):
         if extras.reset_states is not None:
             extras.reset_states = self._batched_resets(extras.reset_states, steps, batch, batched)
 
-        everything: tuple[Tensor, ...]
-        if self._served_by_vendor(x, extras):
-            y, finals, everything = *vendor.run(self, x, states), ()
+        everything: tuple[Tensor, ...] = ()
+        plain = extras.lengths is None and extras.reset is None and not extras.return_states
+        done = inference.run(self, x, states) if plain else None
+        if done is not None:
+            y, finals = done
+        elif self._served_by_vendor(x, extras):
+            y, finals = vendor.run(self, x, self._initial(x, batch, states))
         else:
             y, finals, everything = self._stack(x, states, extras, None)
         if not batched:
@@ -210,12 +215,17 @@ class RecurrentForward(_Module):
         )
 
     def _stack(
-        self, x: Tensor, states: tuple[Tensor, ...], extras: Extras, packing: Packing | None
+        self, x: Tensor, states: tuple[Tensor, ...] | None, extras: Extras, packing: Packing | None
     ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """All layers: x [T, B, I], states [L·D, B, ·] -> y [T, B, D·P], last states [L·D, B, ·], all [L·D, T, B, ·]."""
+        """All layers: x [T, B, I], states [L·D, B, ·] -> y [T, B, D·P], last states [L·D, B, ·], all [L·D, T, B, ·].
+
+        Without states all layers start from the same zeros.
+        """
         directions = 2 if self.bidirectional else 1
         flags = _flags(x, extras, directions)
-        count = len(states)
+        sizes = self._state_sizes()
+        count = len(sizes)
+        zeros = {size: x.new_zeros((x.size(1), size)) for size in sizes} if states is None else {}
         finals: list[tuple[Tensor, ...]] = []
         everything: list[tuple[Tensor, ...]] = []
         for layer in range(self.num_layers):
@@ -227,7 +237,7 @@ class RecurrentForward(_Module):
                     resets = tuple(state[k] if state.dim() == 3 else state[:, k] for state in resets)
                 y, *rest = self._direction(
                     x,
-                    tuple(state[k] for state in states),
+                    tuple(zeros[size] for size in sizes) if states is None else tuple(state[k] for state in states),
                     self._weights(k),
                     flags[direction],
                     direction == 1,
@@ -292,7 +302,7 @@ class RecurrentForward(_Module):
         self._check_input(x)
         with_batch = None if states is None or batched else tuple(state.unsqueeze(1) for state in states)
         initial = self._initial(x, x.size(1), states if batched else with_batch)
-        if not torch.compiler.is_compiling() and not self._alters_step():
+        if not torch.compiler.is_compiling() and not self._alters_layers():
             given = initial if batched else tuple(state.squeeze(1) for state in initial)
             done = self._packed_step(x_t, given, x.size(1))
             if done is not None:

@@ -117,7 +117,7 @@ class LSTMForward(RecurrentForward):
             fastseq.ShapeError, TypeError: as :meth:`forward`.
         """
         if not torch.compiler.is_compiling() and self._packed is not None and type(state) is tuple:
-            done: Any = None if self._alters_step() else self._packed.repeat(self, x_t, state)
+            done: Any = None if self._alters_layers() else self._packed.repeat(self, x_t, state)
             if done is not None:
                 return done  # type: ignore[no-any-return]
         y_t, (h, c) = self._step(x_t, _pair(state))
@@ -136,7 +136,7 @@ class LSTMForward(RecurrentForward):
             or self.zoneout != (0, 0)
         )
 
-    def _alters_step(self) -> bool:
+    def _alters_layers(self) -> bool:
         return (
             self.peephole
             or self.layer_norm is not None

@@ -96,7 +96,7 @@ class RNNForward(RecurrentForward):
             y_t [B, H] or [H], and the next state.
         """
         if not torch.compiler.is_compiling() and self._packed is not None and type(state) is Tensor:
-            done = None if self._alters_step() else self._packed.repeat(self, x_t, (state,))
+            done = None if self._alters_layers() else self._packed.repeat(self, x_t, (state,))
             if done is not None:
                 return done[0], done[1][0]
         y_t, (h,) = self._step(x_t, _single(state))

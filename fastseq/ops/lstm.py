@@ -191,8 +191,7 @@ def layer(
         )
     _check(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr)
     if options is None and not recompute and not return_states:
-        y, h_n, c_n, _c, _gates = _lstm.call(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, flags, reverse, 0)
-        return y, h_n, c_n
+        return _lstm.call(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, flags, reverse, 0)
     if recompute and return_states:
         raise ValueError("recompute: expected False with return_states, which returns the gates that it would not keep")
     hidden = c0.shape[1]

@@ -85,7 +85,8 @@ class Operation:
 
     Attributes:
         fwd, bwd, bwd_: the ops.
-        kernels: the C++ kernels of ``fwd`` and ``bwd_``, which :meth:`call` may call past the dispatcher.
+        kernels: the C++ kernels of ``fwd`` and ``bwd_``, which :meth:`call` may call past the dispatcher. The forward
+            takes ``checked=True``: its inputs have the sizes and the dtype that they should.
     """
 
     def __init__(
@@ -164,15 +165,15 @@ class Operation:
         return overwriting_bwd
 
     def call(self, *args: Any) -> tuple[Tensor, ...]:
-        """``fwd(*args)``; where nobody could tell the difference, past the dispatcher.
+        """The outputs of ``fwd(*args)``; where nobody could tell the difference, past the dispatcher.
 
-        Not for operations with options.
+        The inputs have been checked. Not for operations with options.
         """
-        if eager.may_call(*args[: len(self.inputs)]):
-            if torch.is_grad_enabled() and transforms.wants_gradient(*args):
-                return self._function.apply(None, *args)  # type: ignore[attr-defined, no-any-return]
-            return self.kernels[0](*args)  # type: ignore[no-any-return]
-        return self.fwd(*args)  # type: ignore[no-any-return]
+        if not eager.may_call(*args[: len(self.inputs)]):
+            return self.fwd(*args)[: len(self.outputs)]  # type: ignore[no-any-return]
+        if torch.is_grad_enabled() and transforms.wants_gradient(*args):
+            return self._function.apply(None, *args)  # type: ignore[attr-defined, no-any-return]
+        return self.kernels[0](*args, checked=True)[: len(self.outputs)]  # type: ignore[no-any-return]
 
     def _fake_bwd(self, *args: Any) -> tuple[Tensor, ...]:
         inputs = args[len(self.received) : len(self.received) + len(self.inputs)]
@@ -251,7 +252,7 @@ def _forward_function(op: Operation) -> type[transforms.Function]:
             save = args[-1]
             how = tapes.ANY_ORDER if not save and not torch._C._are_functorch_transforms_active() else tapes.KEEP
             if keyset is None:  # past the dispatcher
-                results = op.kernels[0](*args[:-1], how)
+                results = op.kernels[0](*args[:-1], how, checked=True)
             else:
                 results = transforms.redispatch(op.fwd, keyset, *args[:-1], how)
             tape = results[outputs:]
@@ -260,6 +261,8 @@ def _forward_function(op: Operation) -> type[transforms.Function]:
             ctx.private = not save
             ctx.direct = keyset is None
             ctx.set_materialize_grads(False)
+            if ctx.direct:  # by Operation.call, which asks for no tape
+                return tuple(results[:outputs])
             if not save:
                 tape = tuple(value.new_empty(0) for value in tape)
             if not (save and op.tape_gradients):

@@ -120,7 +120,7 @@ def layer(
         )
     _check(x, h0, w_ih, w_hh, b_ih, b_hh)
     if reset_state is None and h_mask is None and grad_clip is None and not recompute:
-        y, h_n, _slopes = _rnn.call(x, h0, w_ih, w_hh, b_ih, b_hh, flags, nonlinearity, reverse, 0)
+        y, h_n = _rnn.call(x, h0, w_ih, w_hh, b_ih, b_hh, flags, nonlinearity, reverse, 0)
         return y, h_n
     steps, batch, hidden = x.shape[0], x.shape[1], h0.shape[1]
     check_kinds((("x", x), ("h_mask", h_mask), ("reset_state", reset_state)), frozenset(("h_mask", "reset_state")))
