@@ -175,8 +175,8 @@ struct Sums {
   int64_t stride, vector_stride;
 };
 
-// C = init + the sum of left[i] * panel[i]. Each sum is the same whether one product has all sources, or another one
-// made `init` of the first of them; `before` is then how many chunks of K that had.
+// C = init + the sum of left[i] * panel[i]. Of terms of float32 each sum is the same whether one product has both
+// sources, or one of the first made the `init` of another, which then says that it `adds`.
 struct BF16Product {
   int rows, vectors;
   int sources;
@@ -185,7 +185,7 @@ struct BF16Product {
   int64_t vector_numbers[2];  // of one vector of the panel
   Sums init;                  // no data: zero
   Sums out;
-  int64_t before = 0;
+  bool adds = false;
 };
 
 #if defined(__AMX_BF16__)
@@ -231,7 +231,7 @@ class BF16Unit {
     for (int i = 0; i < p_.sources; ++i) chunks += p_.left[i].groups * p_.left[i].chunks;
     const int passes = two_ ? (p_.vectors + 1) / 2 : p_.vectors / 4 + p_.vectors % 4;
     steps_ = chunks * passes;
-    one_chain_ = kTerms<Number> == 1 || p_.before + chunks <= kLongestChain;
+    one_chain_ = kTerms<Number> == 1 || (p_.sources == 1 && !p_.adds && chunks <= kLongestChain);
     vector_ = 0;
     start_pass();
   }
@@ -257,7 +257,8 @@ class BF16Unit {
   int vector_ = 0, width_ = 0, source_ = 0;
   int64_t steps_ = 0, group_ = 0, left_chunks_ = 0;
   // A chunk of terms adds to each sum six times. So that a long K has no longer a chain than a library's product, sums
-  // leave the tiles after at most so many chunks, and with each source, and are added up on vectors.
+  // leave the tiles after at most so many chunks, and with each source, and are added up on vectors. (Sources in one
+  // chain lose more: what comes first is then part of every sum that is rounded.)
   static constexpr int64_t kLongestChain = 16;
   bool one_chain_ = true;
   int64_t left_in_chain_ = 0;
@@ -479,7 +480,7 @@ class BF16Unit {
   FASTSEQ_INLINE void start_sums() {
     sum_ = {};
     if (p_.init.data == nullptr) return clear_tiles();
-    if (!one_chain_ && p_.before > 0) {
+    if (!one_chain_ && p_.adds) {
       sum_ = pass_of(p_.init);
       return clear_tiles();
     }

@@ -280,7 +280,7 @@ class SplitForward : public RecurrentForward<Cell, float, kFlags> {
                 {r_numbers_, 0},
                 {projected, gates_stride_, vector_stride},
                 out,
-                chunks_of(p_.I)});
+                true});
   }
 
   void cell(BF16Unit<float>& unit, const float* sums, int64_t step, int64_t begin, const Panel& panel,
