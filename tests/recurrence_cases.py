@@ -214,11 +214,13 @@ def enlarge(inputs: dict[str, Any], factor: float) -> None:
     """Makes one number large in every second row of x, where gates saturate; in all rows, every gradient would be zero.
 
     Of several in a row the sums would here and there cancel, and what is left be wrong by chance. It is a number with
-    which every gate saturates: a slope that is nearly zero has few digits, and times such an x they would all be seen.
+    which every gate saturates, if need be larger than by ``factor``: a slope that is nearly zero has few digits, and
+    times such an x they would all be seen.
     """
     rows = inputs["x"][:, ::2]
     sure = rows.abs() * inputs["w_ih"].abs().amin(0)  # by column: the gate that saturates least
-    rows *= factor * torch.nn.functional.one_hot(sure.argmax(-1), rows.shape[-1])
+    enough = (100 / sure.amax(-1, keepdim=True)).clamp(factor, torch.finfo(rows.dtype).max / 2)
+    rows *= enough * torch.nn.functional.one_hot(sure.argmax(-1), rows.shape[-1])
 
 
 def rnn_draws_of(case: Case, nonlinearity: str, dtype: torch.dtype) -> list[dict[str, Any]]:
