@@ -115,21 +115,17 @@ SHARED = [(3, 12, 300, 300, 0), (3, 33, 200, 200, 0), (2, 17, 530, 270, 0), (2, 
 @pytest.mark.parametrize("isa", cpu.isas())
 @pytest.mark.parametrize(("T", "B", "I", "H", "P"), SHARED)
 def test_the_same_bits_from_any_number_of_threads(
-    T: int, B: int, I: int, H: int, P: int, isa: str, dtype: torch.dtype, seed: int
+    T: int, B: int, I: int, H: int, P: int, isa: str, dtype: torch.dtype, seed: int, two_threads: None
 ) -> None:
-    before = torch.get_num_threads()
     modules = [fastseq.LSTM(I, H, proj_size=P, dtype=dtype), fastseq.RNN(I, H, dtype=dtype)]
     x = torch.randn(T, B, I, dtype=dtype)
-    try:
-        with cpu.use_isa(isa):
-            for module in modules:
-                torch.set_num_threads(1)
-                expected = train(module, x)
-                for threads in (2, 3, 5):
-                    torch.set_num_threads(threads)
-                    assert all(map(torch.equal, train(module, x), expected)), threads
-    finally:
-        torch.set_num_threads(before)
+    with cpu.use_isa(isa):
+        for module in modules:
+            torch.set_num_threads(1)
+            expected = train(module, x)
+            for threads in (2, 3, 5):
+                torch.set_num_threads(threads)
+                assert all(map(torch.equal, train(module, x), expected)), threads
 
 
 def test_memory_stays_flat_over_calls_of_random_lengths(seed: int) -> None:

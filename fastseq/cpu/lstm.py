@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastseq.cpu.extension import _cpu
 from fastseq.cpu.memory import (
+    Sizes,
     address,
     dense,
     dense_rows,
@@ -22,8 +23,6 @@ from fastseq.cpu.memory import (
 from fastseq.cpu.options import Given, KernelOptions, per_step, reset_gradient
 from fastseq.ops.needs import NEEDS_MASK, NEEDS_RESET, NEEDS_STATE, NEEDS_WEIGHTS, NEEDS_X
 from fastseq.ops.tape import KEEP, accumulate_dtype, tape_shapes
-
-Sizes = tuple[int, int, int, int, int]
 
 
 def _sizes(x: Tensor, h0: Tensor, w_hh: Tensor) -> Sizes:

@@ -15,6 +15,9 @@ from torch import Tensor
 
 from fastseq.cpu.extension import _cpu
 
+#: (T, B, I, H, P) of one layer.
+Sizes = tuple[int, int, int, int, int]
+
 STORAGE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 

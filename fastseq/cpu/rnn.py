@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastseq.cpu.extension import _cpu
 from fastseq.cpu.memory import (
+    Sizes,
     address,
     dense,
     dense_rows,
@@ -24,9 +25,6 @@ from fastseq.ops.needs import NEEDS_MASK, NEEDS_RESET, NEEDS_STATE, NEEDS_WEIGHT
 from fastseq.ops.tape import KEEP, accumulate_dtype, slopes_shape
 
 ACTIVATIONS = {"tanh": 0, "relu": 1, "sigmoid": 2}
-
-
-Sizes = tuple[int, int, int, int, int]
 
 
 def _sizes(x: Tensor, h0: Tensor) -> Sizes:

@@ -104,7 +104,7 @@ class RecurrentForward(_Module):
         return (self.recurrent_dropout > 0 and self.training) or self.grad_clip is not None or self.recompute
 
     def _alters_layers(self) -> bool:
-        """Whether a step computes something else than the plain layers, at least by chance."""
+        """Whether without gradients the module computes something else than plain layers, at least by chance."""
         return bool(self.training and (self.dropout or self.recurrent_dropout))
 
     def _step_nonlinearity(self) -> str | None:
