@@ -35,7 +35,7 @@ VARIANTS: tuple[dict[str, Any], ...] = (
     {"BB": 32, "BH": 8},
     {"BB": 16, "BH": 8, "warps": 8},
     {"depth": 4},
-    {"hold": False},
+    {"held": 0},
     {"regime": "step"},
 )
 WATCH = "tests/test_gpu_recurrence.py::test_nothing_hangs"

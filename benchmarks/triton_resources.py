@@ -7,8 +7,9 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ CHIPS = {
     "sm_80": plan.Chip(108, TARGETS["sm_80"][1]),
     "sm_90": plan.Chip(132, TARGETS["sm_90"][1]),
     "sm_100": plan.Chip(148, TARGETS["sm_100"][1]),
-    "gfx942": plan.Chip(304, TARGETS["gfx942"][1]),
+    "gfx942": plan.Chip(304, TARGETS["gfx942"][1], amd=True),
 }
 
 
@@ -70,7 +71,8 @@ class Configuration:
     def tiles(self, chip: plan.Chip) -> str:
         """The regime and the tile that the shape takes on a chip, as the table shows them."""
         made, _ = self.launch(chip)
-        letter = {"resident": "R", "persistent": "P" if made.hold else "p", "step": "S"}[made.regime]
+        spread = {"held": "P", "held in part": "q", "streamed": "p"}[made.cut.kept]
+        letter = {"resident": "R", "persistent": spread, "step": "S"}[made.regime]
         return f"{letter} {made.BB}×{made.BH}"
 
     def launch(self, chip: plan.Chip) -> tuple[plan.Plan, Launch]:
@@ -212,7 +214,16 @@ def configurations() -> list[Configuration]:
         (35, 20, 650),
     ]
     rnn_shapes = [(1000, 4, 1792), (512, 64, 512), (100, 256, 128)]
-    corners = [(64, 16, 20), (64, 40, 63), (64, 300, 512), (64, 16, 331), (64, 16, 1500), (1, 16, 512), (64, 128, 320)]
+    corners = [
+        (64, 16, 20),
+        (64, 40, 63),
+        (64, 300, 512),
+        (64, 16, 331),
+        (64, 16, 1500),
+        (64, 16, 1900),
+        (1, 16, 512),
+        (64, 128, 320),
+    ]
     precise = [("float16", "ieee"), ("bfloat16", "ieee"), *(("float32", precision) for precision in plan.PRECISIONS)]
     found = []
     for op, shapes in (("lstm", lstm_shapes + corners), ("rnn", rnn_shapes + corners)):
@@ -239,13 +250,19 @@ def clustering_configurations() -> list[ClusteringConfiguration]:
 Case = Configuration | ClusteringConfiguration
 
 
+def compile_pair(pair: tuple[Case, str]) -> Resources:
+    """What a case takes on a target."""
+    case, target = pair
+    return compile_ahead(case.launch(CHIPS[target])[1], target)
+
+
 def compile_all(cases: Sequence[Case], targets: list[str]) -> dict[tuple[Case, str], Resources]:
     """What each takes on each target."""
     pairs = [(case, target) for case in cases for target in targets if compiles(case, target)]
-    with ThreadPoolExecutor(2) as pool:
-        results = pool.map(lambda pair: compile_ahead(pair[0].launch(CHIPS[pair[1]])[1], pair[1]), pairs)
+    # In processes: compilations side by side in one have been seen to disturb each other's registers.
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
         found = {}
-        for pair, resources in zip(pairs, results, strict=True):
+        for pair, resources in zip(pairs, pool.map(compile_pair, pairs), strict=True):
             found[pair] = resources
             if len(found) % 40 == 0:
                 print(f"{len(found)} of {len(pairs)}", file=sys.stderr, flush=True)
@@ -260,7 +277,8 @@ def table(found: dict[tuple[Case, str], Resources], targets: list[str]) -> str:
         f"Compiled ahead of time by Triton {triton.__version__} with no GPU (`python -m benchmarks.triton_resources`).",
         "The kernels have **not run on a GPU yet**. A cell is registers of a thread / shared memory of a program in",
         "KiB, the bytes of a thread that are spilled where there are any, and the plan that the shape takes there:",
-        "R resident, P persistent (p: with the weights streamed), S one launch per step; the tile of batch by units.",
+        "R resident, P persistent (q: with part of the weights streamed, p: with all of them), S one launch per",
+        "step; the tile of batch by units.",
         "Of the clustering kernels, the tile of points or centres by centres or features.",
         "",
         "| kernel | T, B, H | " + " | ".join(targets) + " |",

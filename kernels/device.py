@@ -3,7 +3,7 @@
 The recurrent product is cut over K between the warps of a program: each warp multiplies its own slice of h with its own
 slice of the weights, and one sum over the warps ends it. So a program can own a few units only, which spreads the work
 over all multiprocessors, and still use all its warps. Weights that are loaded before the loop over time stay in shared
-memory for the whole sequence.
+memory for the whole sequence; what has no room there is read again at every step.
 
 Everything here also runs in Triton's interpreter, so there is no libdevice, and inline assembly only where a constant
 says that the kernel is compiled.
@@ -71,7 +71,10 @@ def load_unit_rows(values, u, ok, H: tl.constexpr, ROWS: tl.constexpr):
 
 
 # The recurrent product [BB, K] x [K, N], K in FULL chunks of W * KC and one last of W * LAST. The rows on the left have
-# BOUND numbers, a whole multiple of 16 bytes: K, and zeros. So loads of them are wide whatever K is.
+# BOUND numbers, a whole multiple of 16 bytes: K, and zeros. So loads of them are wide whatever K is. Of the weights the
+# first HELD chunks are on chip. The others come from the L2 cache at every step, STREAMED of K for each warp at a time.
+
+STREAMED = tl.constexpr(16)
 
 
 @triton.jit
@@ -111,13 +114,14 @@ def hold_weights(
     KC: tl.constexpr,
     FULL: tl.constexpr,
     LAST: tl.constexpr,
+    HELD: tl.constexpr,
     W: tl.constexpr,
 ):
-    """All chunks of the weights of a program's columns, read once, for :func:`recurrent_product`."""
+    """The first HELD chunks of the weights of a program's columns, read once, for :func:`recurrent_product`."""
     held = ()
-    for i in tl.static_range(FULL):
+    for i in tl.static_range(HELD if HELD < FULL else FULL):
         held = held + (weight_chunk(w, columns, columns_ok, stride, i * W * KC, K, KC, W),)
-    if LAST > 0:
+    if HELD > FULL:
         held = held + (weight_chunk(w, columns, columns_ok, stride, FULL * W * KC, K, LAST, W),)
     return held
 
@@ -149,7 +153,7 @@ def recurrent_product(
     W: tl.constexpr,
     BB: tl.constexpr,
     N: tl.constexpr,
-    HOLD: tl.constexpr,
+    HELD: tl.constexpr,
     DEPTH: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -158,22 +162,22 @@ def recurrent_product(
     Rows that are not ``rows_ok`` are zero. DEPTH chunks of the rows are on their way before the first is used.
     """
     acc = tl.zeros([W, BB, N], dtype=tl.float32)
-    if HOLD:
-        h = ()
-        for i in tl.static_range(DEPTH if DEPTH < FULL else FULL):
-            h = h + (state_chunk(rows, rows_ok, i * W * KC, BOUND, KC, W),)
-        last = ()
-        if LAST > 0:
-            last = (state_chunk(rows, rows_ok, FULL * W * KC, BOUND, LAST, W),)
-        for i in tl.static_range(FULL):
-            acc = tl.dot(h[i], held[i], acc, input_precision=PRECISION)
-            if i + DEPTH < FULL:
-                h = h + (state_chunk(rows, rows_ok, (i + DEPTH) * W * KC, BOUND, KC, W),)
-        if LAST > 0:
-            acc = tl.dot(last[0], held[FULL], acc, input_precision=PRECISION)
-    else:
-        for start in range(0, K, W * KC):
-            k = start + tl.arange(0, W)[:, None] * KC + tl.arange(0, KC)[None, :]
+    COUNT: tl.constexpr = HELD if HELD < FULL else FULL
+    h = ()
+    for i in tl.static_range(DEPTH if DEPTH < COUNT else COUNT):
+        h = h + (state_chunk(rows, rows_ok, i * W * KC, BOUND, KC, W),)
+    last = ()
+    if HELD > FULL:
+        last = (state_chunk(rows, rows_ok, FULL * W * KC, BOUND, LAST, W),)
+    for i in tl.static_range(COUNT):
+        acc = tl.dot(h[i], held[i], acc, input_precision=PRECISION)
+        if i + DEPTH < COUNT:
+            h = h + (state_chunk(rows, rows_ok, (i + DEPTH) * W * KC, BOUND, KC, W),)
+    if HELD > FULL:
+        acc = tl.dot(last[0], held[FULL], acc, input_precision=PRECISION)
+    elif HELD * W * KC < K:
+        for start in range(HELD * W * KC, K, W * STREAMED):
+            k = start + tl.arange(0, W)[:, None] * STREAMED + tl.arange(0, STREAMED)[None, :]
             ok = (k[:, None, :] < BOUND) & rows_ok[None, :, None]
             chunk = tl.load(rows[None, :, None] + k[:, None, :], mask=ok, other=0.0, cache_modifier=".cg")
             k = k[:, :, None]

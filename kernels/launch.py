@@ -66,10 +66,10 @@ def tile_constants(plan: Plan) -> dict[str, Any]:
         "BB": plan.BB,
         "BH": plan.BH,
         "W": plan.warps,
-        "HOLD": plan.hold,
-        "KC": plan.KC,
-        "FULL": plan.full,
-        "LAST": plan.last,
+        "KC": plan.cut.KC,
+        "FULL": plan.cut.full,
+        "LAST": plan.cut.last,
+        "HELD": plan.cut.held,
         "DEPTH": plan.depth,
         "SYNC": plan.sync,
         "SIGNALS": signals_per_group(plan),
@@ -130,7 +130,7 @@ def ranges(plan: Plan, steps: int, backward: bool) -> Iterator[tuple[int, int]]:
 @cache
 def _chip(index: int) -> Chip:
     facts = triton.runtime.driver.active.utils.get_device_properties(index)
-    return Chip(facts["multiprocessor_count"], facts["max_shared_mem"])
+    return Chip(facts["multiprocessor_count"], facts["max_shared_mem"], torch.version.hip is not None)
 
 
 def chip_of(device: torch.device) -> Chip:

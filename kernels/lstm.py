@@ -190,7 +190,7 @@ def lstm_forward_spread(
     BB: tl.constexpr,
     BH: tl.constexpr,
     W: tl.constexpr,
-    HOLD: tl.constexpr,
+    HELD: tl.constexpr,
     KC: tl.constexpr,
     FULL: tl.constexpr,
     LAST: tl.constexpr,
@@ -209,9 +209,7 @@ def lstm_forward_spread(
     n = tl.arange(0, 4 * BH)
     column = tile * BH + n // 4
     columns = ((n % 4) * H + column).to(tl.int64) * H
-    held = ()
-    if HOLD:
-        held = hold_weights(w_hh, columns, column < H, 1, H, KC, FULL, LAST, W)
+    held = hold_weights(w_hh, columns, column < H, 1, H, KC, FULL, LAST, HELD, W)
     bias_ih = load_unit_rows(b_ih, u, u < H, H, 4)
     bias_hh = load_unit_rows(b_hh, u, u < H, H, 4)
     p = load_unit_rows(peephole, u, u < H, H, 3)
@@ -265,7 +263,7 @@ def lstm_forward_spread(
                 W,
                 BB,
                 4 * BH,
-                HOLD,
+                HELD,
                 DEPTH,
                 PRECISION,
             )
@@ -327,7 +325,7 @@ def lstm_backward_spread(
     BB: tl.constexpr,
     BH: tl.constexpr,
     W: tl.constexpr,
-    HOLD: tl.constexpr,
+    HELD: tl.constexpr,
     KC: tl.constexpr,
     FULL: tl.constexpr,
     LAST: tl.constexpr,
@@ -344,9 +342,7 @@ def lstm_backward_spread(
     batch = B.to(tl.int64)
     u = tile * BH + tl.arange(0, BH)
     unit_ok = u < H
-    held = ()
-    if HOLD:
-        held = hold_weights(w_hh, u, unit_ok, H, 4 * H, KC, FULL, LAST, W)
+    held = hold_weights(w_hh, u, unit_ok, H, 4 * H, KC, FULL, LAST, HELD, W)
     p = load_unit_rows(peephole, u, unit_ok, H, 3)
     if signals is not None:
         signals += group * SIGNALS
@@ -402,7 +398,7 @@ def lstm_backward_spread(
                 W,
                 BB,
                 BH,
-                HOLD,
+                HELD,
                 DEPTH,
                 PRECISION,
             )

@@ -3,9 +3,9 @@
 - ``resident``: the recurrent weights fit one SM. One program per tile of the batch walks through the whole sequence
   with the weights and h on chip, and waits for nobody.
 - ``persistent``: the weights are spread over the SMs, each program holding the columns of its units in shared memory;
-  where they do not fit there it reads them from the L2 cache at every step. The programs of one tile of the batch form
-  a group, which exchanges h through the L2 cache and waits for each other once per step. The launch is cooperative: all
-  programs run at once, or it fails.
+  what does not fit there it reads from the L2 cache at every step. The programs of one tile of the batch form a group,
+  which exchanges h through the L2 cache and waits for each other once per step. The launch is cooperative: all programs
+  run at once, or it fails.
 - ``step``: one launch per step, for a single step and for what does not fit a cooperative launch.
 
 A group that has several tiles of the batch to do takes one after the other, so any batch size fits.
@@ -19,17 +19,25 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-CHOICES = {"regime", "BB", "BH", "groups", "warps", "stages", "hold", "KC", "depth", "sync", "precision"}
+CHOICES = {"regime", "BB", "BH", "groups", "warps", "stages", "held", "KC", "depth", "sync", "precision"}
 REGIMES = ("resident", "persistent", "step")
 SYNCS = ("counter", "flags")
 PRECISIONS = ("ieee", "tf32", "tf32x3")
 
-# Shared memory of a program beside its weights: h on its way, and what the sum over the warps needs.
-EXCHANGE_BYTES = 56 * 1024
+# Loads of h that run ahead of their use where nothing speaks against it.
+AHEAD = 2
+# Shared memory that a kernel takes for small things.
+SMALL_BYTES = 1024
 # Sums [BB, columns] that a program's warps keep in registers; twice that spills.
 ACCUMULATORS = 1024
+# Of weights that are held in part, at most, in bytes and in chunks: with more, the loop that streams the others has too
+# few registers and spills.
+PART_BYTES, PART_CHUNKS = 160 * 1024, 3
+# Of weights that are held whole, in half types, by the number of gates: with more, an Elman layer's spill on sm_100.
+HELD_BYTES_HALF = {4: 192 * 1024, 1: 168 * 1024}
 # Without tensor cores, and with an operand made of two, the weights take many registers on their way to the product.
 HELD_BYTES_FLOAT32 = {"ieee": 24 * 1024, "tf32": 128 * 1024, "tf32x3": 24 * 1024}
+HELD_BYTES_AMD = 8 * 1024  # there the compiler keeps them in registers
 RESIDENT_BYTES = {2: 128 * 1024, 4: 16 * 1024}  # by the bytes of a number
 # Hidden sizes beyond this one are not told apart.
 LARGEST_TOLD = 1 << 13
@@ -39,21 +47,39 @@ UNIT_TILES = (8, 16, 32, 64)
 
 @dataclass(frozen=True)
 class Chip:
-    """What a plan has to know of a GPU: how many programs run at once, one on each multiprocessor, and the shared
-    memory that one may have, in bytes."""
+    """What a plan has to know of a GPU: how many programs run at once, one on each multiprocessor, the shared memory
+    that one may have, in bytes, and whether it is AMD's."""
 
     programs: int
     shared: int
+    amd: bool = False
 
 
 H100 = Chip(132, 227 * 1024)
 
 
 @dataclass(frozen=True)
+class Cut:
+    """The K dimension of a recurrent product in chunks: a warp takes ``KC`` of it at a time, ``full`` times, and then
+    ``last``. Of these chunks of the weights the first ``held`` stay on chip."""
+
+    KC: int
+    full: int
+    last: int
+    held: int
+
+    @property
+    def kept(self) -> str:
+        """Where the weights are: "held", "held in part" or "streamed"."""
+        if self.held == self.full + (self.last > 0):
+            return "held"
+        return "held in part" if self.held else "streamed"
+
+
+@dataclass(frozen=True)
 class Plan:
     """How one launch computes. ``BB`` and ``BH`` are tiles of the batch and of the units, ``groups`` and ``programs``
-    the grid (``programs`` in each group), ``warps`` those of a program; ``hold`` keeps the weights on chip. A warp
-    takes ``KC`` of the K dimension at a time, ``full`` times, and then ``last``; ``depth`` of these loads run ahead."""
+    the grid (``programs`` in each group), ``warps`` those of a program; ``depth`` of the loads of h run ahead."""
 
     regime: str
     BB: int
@@ -62,10 +88,7 @@ class Plan:
     groups: int
     warps: int
     stages: int
-    hold: bool
-    KC: int
-    full: int
-    last: int
+    cut: Cut
     depth: int
     sync: str
     precision: str
@@ -83,10 +106,9 @@ class Plan:
     def __str__(self) -> str:
         if self.regime == "resident":
             return f"resident, {self.groups} programs of {self.BB} sequences"
-        kept = "held" if self.hold else "streamed"
         return (
             f"{self.regime}, {self.groups} groups of {self.programs} programs, "
-            f"tiles of {self.BB} sequences by {self.BH} units, weights {kept}"
+            f"tiles of {self.BB} sequences by {self.BH} units, weights {self.cut.kept}"
         )
 
 
@@ -122,19 +144,7 @@ _overrides: dict[str, Any] = {}
 @contextlib.contextmanager
 def override(**fields: Any) -> Iterator[None]:
     """Inside the ``with`` block plans take these fields, of :data:`CHOICES`, as given. For tests and for measuring."""
-    unknown = fields.keys() - {
-        "regime",
-        "BB",
-        "BH",
-        "groups",
-        "warps",
-        "stages",
-        "hold",
-        "KC",
-        "depth",
-        "sync",
-        "precision",
-    }
+    unknown = fields.keys() - CHOICES
     if unknown:
         raise ValueError(f"override: a plan has no field to choose named {', '.join(sorted(unknown))}")
     global _overrides
@@ -170,14 +180,30 @@ def choose(shape: Shape, chip: Chip, precision: str = "ieee", cooperative: bool 
 def regimes(gates: int, item: int, backward: bool, chip: Chip = H100) -> str:
     """Which regime serves which hidden sizes: of T > 1, a single tile of the batch, products in "ieee" precision."""
 
+    names = (
+        "resident",
+        "persistent",
+        "persistent with weights held in part",
+        "persistent with streamed weights",
+        "step",
+    )
+
     def rank(H: int) -> int:
         made = choose(Shape(gates, backward, 2, 1, H, item), chip)
-        return REGIMES.index(made.regime) + (made.regime == "step" or (made.regime == "persistent" and not made.hold))
+        if made.regime != "persistent":
+            return names.index(made.regime)
+        return 1 + ("held", "held in part", "streamed").index(made.cut.kept)
 
-    ends = [bisect.bisect_right(range(1, LARGEST_TOLD + 1), limit, key=rank) for limit in range(3)]
-    names = (REGIMES[0], REGIMES[1], "persistent with streamed weights", REGIMES[2])
-    told = [f"{name} to {end}" for name, end in zip(names, ends, strict=False) if end < LARGEST_TOLD]
-    return ", ".join([*told, f"{names[len(told)]} beyond"])
+    told: list[str] = []
+    before = 0
+    for limit, name in enumerate(names):
+        end = bisect.bisect_right(range(1, LARGEST_TOLD + 1), limit, key=rank)
+        if end == LARGEST_TOLD:
+            return ", ".join([*told, f"{name} beyond"])
+        if end > before:
+            told.append(f"{name} to {end}")
+        before = end
+    raise AssertionError("the last name serves every size")
 
 
 def _fits_one_multiprocessor(shape: Shape, chip: Chip) -> bool:
@@ -192,22 +218,26 @@ def _resident(shape: Shape, given: dict[str, Any], precision: str) -> Plan:
     warps = given.get("warps", 8 if width >= 64 else 4)
     tiles = -(-shape.B // BB)
     depth = given.get("depth", 0 if shape.gates * width >= 512 else 1)
-    return Plan("resident", BB, width, 1, tiles, warps, 1, True, width, 1, 0, depth, "counter", precision)
+    return Plan("resident", BB, width, 1, tiles, warps, 1, Cut(width, 1, 0, 1), depth, "counter", precision)
 
 
 def _spread(shape: Shape, chip: Chip, given: dict[str, Any], precision: str, regime: str) -> Plan:
     together = regime == "persistent"
-    room = chip.shared - EXCHANGE_BYTES
+    room = chip.shared - SMALL_BYTES
+    most = HELD_BYTES_HALF[shape.gates] if shape.item == 2 else HELD_BYTES_FLOAT32[precision]
+    if chip.amd:
+        most = min(most, HELD_BYTES_AMD)
     accumulators = ACCUMULATORS
     if shape.gates == 4 and shape.backward:  # beside each sum stand four gates and their gradients
         accumulators //= 2
-    if shape.item == 4:
-        room = min(room, HELD_BYTES_FLOAT32[precision])
-        accumulators //= 2 if precision == "tf32x3" else 1
+    if shape.item == 4 and precision == "tf32x3":
+        accumulators //= 2
     # Products without tensor cores keep their operands in registers. Where weights are streamed that leaves none for
     # loads ahead, and an LSTM's largest tile forwards spills at some sizes: taken only where the units need it.
     by_hand = shape.item == 4 and precision == "ieee"
-    best: tuple[tuple[int, ...], dict[str, Any]] | None = None
+    # Else so little fits that it is not worth its registers; and an Elman layer's spill.
+    in_part = not chip.amd and shape.gates == 4 and (shape.item == 2 or precision == "tf32")
+    best: tuple[tuple[int, ...], Cut, dict[str, Any]] | None = None
     for BB in (given["BB"],) if "BB" in given else BATCH_TILES:
         for BH in (given["BH"],) if "BH" in given else UNIT_TILES:
             columns = shape.columns(BH)
@@ -221,36 +251,49 @@ def _spread(shape: Shape, chip: Chip, given: dict[str, Any], precision: str, reg
             rounds = -(-tiles // groups) * -(-programs * groups // chip.programs)
             # A number of the tile for each thread: with fewer, the warps would all compute the same cells.
             warps = given.get("warps", max(1, min(8, BB * BH // 32)))
-            depth_of_k = -(-shape.K // (16 * warps)) * 16 * warps
-            hold = given.get("hold", together and columns * depth_of_k * shape.item <= room)
+            cut = _cut(shape, BB, columns, warps, room if together else 0, most, in_part, given)
             crowded = by_hand and shape.gates == 4 and not shape.backward and 2 * BB * columns > accumulators
             # Registers that suffice, few rounds, weights on chip, little work for a program, few rows of h to fetch.
-            cost = (int(crowded), rounds, 0 if hold else 1, BB * BH, BB)
+            cost = (int(crowded), rounds, int(cut.kept != "held"), BB * BH, BB)
             if best is None or cost < best[0]:
-                best = cost, {"BB": BB, "BH": BH, "programs": programs, "groups": groups, "warps": warps, "hold": hold}
+                best = cost, cut, {"BB": BB, "BH": BH, "programs": programs, "groups": groups, "warps": warps}
     if best is None:  # more units than a cooperative launch can have programs for
         return _spread(shape, chip, given, precision, "step")
-    found = best[1]
-    warps = found["warps"]
-    KC = given.get("KC", _chunk(shape, found["BB"], warps, found["hold"]))
+    _, cut, found = best
     largest_of_float32 = shape.item == 4 and found["BB"] * shape.columns(found["BH"]) >= ACCUMULATORS
-    full, rest = divmod(-(-shape.K // (16 * warps)), KC // 16)
     return Plan(
         regime=regime,
-        stages=given.get("stages", 1 if found["hold"] or by_hand else 2),
-        KC=KC,
-        full=full,
-        last=16 * power_of_two(rest) if rest else 0,
-        depth=given.get("depth", 1 if largest_of_float32 else 2),
+        stages=given.get("stages", 1 if cut.kept == "held" or by_hand else 2),
+        cut=cut,
+        depth=given.get("depth", 1 if largest_of_float32 else AHEAD),
         sync=given.get("sync", "counter"),
         precision=precision,
         **found,
     )
 
 
-def _chunk(shape: Shape, BB: int, warps: int, hold: bool) -> int:
-    """How much of K a warp takes at once: as much as keeps the chunk of h, all warps together, at 16 KiB."""
-    if not hold:
-        return 16
-    KC = max(16, 16 * 1024 // (BB * warps * shape.item))
-    return min(KC, 16 * power_of_two(-(-shape.K // (16 * warps))))
+def _cut(
+    shape: Shape, BB: int, columns: int, warps: int, room: int, most: int, in_part: bool, given: dict[str, Any]
+) -> Cut:
+    """All weights on chip where they fit, else ``in_part`` as many chunks of them as do, or none: with all that a step
+    needs beside them in ``room`` bytes of shared memory, and themselves in ``most``."""
+    # As much at once as keeps the chunk of h, all warps together, at 16 KiB.
+    sixteens = -(-shape.K // (16 * warps))  # of K, that a warp has
+    KC: int = given.get("KC", min(max(16, 16 * 1024 // (BB * warps * shape.item)), 16 * power_of_two(sixteens)))
+    full, rest = divmod(sixteens, KC // 16)
+    last = 16 * power_of_two(rest) if rest else 0
+    if last == KC:
+        full, last = full + 1, 0
+    every = full + (last > 0)
+
+    def fit(beside: int, most: int) -> int:
+        """How much of K a warp can have on chip if it needs so many bytes beside."""
+        return max(0, min(room - warps * beside, most)) // (warps * columns * shape.item)
+
+    # Beside the weights stand the chunks of h on their way and, after them, the sums of all warps; or one chunk of h
+    # and one of the weights that are streamed.
+    sums, streamed = BB * columns * 4, 16 * (BB + columns) * shape.item
+    whole = fit(max(BB * (AHEAD * KC + last) * shape.item, sums), most)
+    part = fit(max(BB * AHEAD * KC * shape.item, sums, streamed), min(most, PART_BYTES))
+    held = every if full * KC + last <= whole else min(full, PART_CHUNKS, part // KC) if in_part else 0
+    return Cut(KC, full, last, min(given.get("held", held), every))

@@ -81,7 +81,7 @@ def rnn_forward_spread(
     BB: tl.constexpr,
     BH: tl.constexpr,
     W: tl.constexpr,
-    HOLD: tl.constexpr,
+    HELD: tl.constexpr,
     KC: tl.constexpr,
     FULL: tl.constexpr,
     LAST: tl.constexpr,
@@ -98,9 +98,7 @@ def rnn_forward_spread(
     batch = B.to(tl.int64)
     u = tile * BH + tl.arange(0, BH)
     columns = u.to(tl.int64) * H
-    held = ()
-    if HOLD:
-        held = hold_weights(w_hh, columns, u < H, 1, H, KC, FULL, LAST, W)
+    held = hold_weights(w_hh, columns, u < H, 1, H, KC, FULL, LAST, HELD, W)
     bias = load_unit_rows(b_ih, u, u < H, H, 1)[0] + load_unit_rows(b_hh, u, u < H, H, 1)[0]
     if signals is not None:
         signals += group * SIGNALS
@@ -148,7 +146,7 @@ def rnn_forward_spread(
                 W,
                 BB,
                 BH,
-                HOLD,
+                HELD,
                 DEPTH,
                 PRECISION,
             )
@@ -197,7 +195,7 @@ def rnn_backward_spread(
     BB: tl.constexpr,
     BH: tl.constexpr,
     W: tl.constexpr,
-    HOLD: tl.constexpr,
+    HELD: tl.constexpr,
     KC: tl.constexpr,
     FULL: tl.constexpr,
     LAST: tl.constexpr,
@@ -214,9 +212,7 @@ def rnn_backward_spread(
     batch = B.to(tl.int64)
     u = tile * BH + tl.arange(0, BH)
     unit_ok = u < H
-    held = ()
-    if HOLD:
-        held = hold_weights(w_hh, u, unit_ok, H, H, KC, FULL, LAST, W)
+    held = hold_weights(w_hh, u, unit_ok, H, H, KC, FULL, LAST, HELD, W)
     if signals is not None:
         signals += group * SIGNALS
     epoch = 0
@@ -265,7 +261,7 @@ def rnn_backward_spread(
                 W,
                 BB,
                 BH,
-                HOLD,
+                HELD,
                 DEPTH,
                 PRECISION,
             )

@@ -43,19 +43,21 @@ def test_regimes_of_the_triton_kernels_are_told():
     assert told.keys() == {"lstm", "rnn"}
     if not torch.cuda.is_available():
         text = told["lstm"]["forward, 16 bit"]
-        resident, held, streamed = (int(part.split()[-1]) for part in text.split(", ")[:3])
-        assert text.startswith(f"resident to {resident}, persistent to {held}, persistent with streamed weights to")
-        for H, regime, hold in (
-            (resident, "resident", True),
-            (resident + 1, "persistent", True),
-            (held, "persistent", True),
-            (held + 1, "persistent", False),
-            (streamed, "persistent", False),
-            (streamed + 1, "step", False),
+        resident, held, part = (int(piece.split()[-1]) for piece in text.split(", ")[:3])
+        assert text == (
+            f"resident to {resident}, persistent to {held}, persistent with weights held in part to {part}, step beyond"
+        )
+        for H, regime, kept in (
+            (resident, "resident", "held"),
+            (resident + 1, "persistent", "held"),
+            (held, "persistent", "held"),
+            (held + 1, "persistent", "held in part"),
+            (part, "persistent", "held in part"),
+            (part + 1, "step", "streamed"),
         ):
             made = plan.choose(plan.Shape(4, False, 100, 16, H, 2), plan.H100)
-            assert (made.regime, made.hold) == (regime, hold)
-        assert text.endswith("step beyond")
+            assert (made.regime, made.cut.kept) == (regime, kept)
+        assert ", persistent with streamed weights to " in told["lstm"]["forward, 32 bit"]
 
 
 def test_one_openmp_runtime(tmp_path):

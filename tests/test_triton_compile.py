@@ -15,13 +15,16 @@ from fastseq.kernels import plan  # noqa: E402
 from fastseq.kernels.ahead import TARGETS, compile_ahead, compiled_ahead  # noqa: E402
 
 ALL = triton_resources.configurations()
-# Each kernel in half type with every option, and products without tensor cores: where registers are scarcest.
+# Each kernel in half type with every option, weights held in part, and products without tensor cores: where registers
+# are scarcest.
 QUICK = [
     Configuration(op, backward, T, B, H, "bfloat16", options="all")
     for op in ("lstm", "rnn")
     for backward in (False, True)
     for T, B, H in ((1024, 16, 768), (100, 32, 128))
-] + [Configuration("lstm", False, *sizes, "float32") for sizes in ((512, 64, 512), (35, 20, 650))]
+]
+QUICK += [Configuration("lstm", backward, 64, 16, 1900, "float16") for backward in (False, True)]
+QUICK += [Configuration("lstm", False, *sizes, "float32") for sizes in ((512, 64, 512), (35, 20, 650))]
 
 
 CLUSTERING_ALL = triton_resources.clustering_configurations()
@@ -157,7 +160,21 @@ def test_plans_cover_every_unit_and_sequence_once() -> None:
                     assert made.groups <= -(-B // made.BB)
                     assert made.regime != "persistent" or made.programs * made.groups <= plan.H100.programs
                     K = gates * H if backward else H
-                    assert made.warps * (made.full * made.KC + made.last) >= K or made.regime == "resident"
+                    assert made.warps * (made.cut.full * made.cut.KC + made.cut.last) >= K or made.regime == "resident"
+
+
+def test_as_much_of_the_weights_is_held_as_fits() -> None:
+    """Beside them stand what a step needs; from one size on they are held in part, and there is no way back."""
+    kept = []
+    for H in range(129, 2113, 16):
+        made = plan.choose(plan.Shape(4, False, 10, 16, H, 2), plan.H100)
+        numbers = made.warps * (
+            min(made.cut.held, made.cut.full) * made.cut.KC + made.cut.last * (made.cut.held > made.cut.full)
+        )
+        assert 0 < numbers * 4 * made.BH * 2 < plan.H100.shared
+        kept.append(made.cut.kept)
+    first = kept.index("held in part")
+    assert kept == ["held"] * first + ["held in part"] * (len(kept) - first)
 
 
 def test_an_unknown_choice_is_refused() -> None:

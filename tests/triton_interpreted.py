@@ -35,11 +35,20 @@ REGIMES: dict[str, dict[str, Any]] = {
         "BB": 16,
         "BH": 64,
         "groups": 1,
-        "hold": False,
+        "held": 0,
         "sync": "flags",
     },
+    "persistent-held-in-part": {
+        "regime": "persistent",
+        "BB": 16,
+        "BH": 64,
+        "groups": 1,
+        "warps": 1,
+        "KC": 16,
+        "held": 1,
+    },
     "step": {"regime": "step", "BB": 16, "BH": 16},
-    "step-held": {"regime": "step", "BB": 32, "BH": 32, "hold": True, "KC": 16, "depth": 1},
+    "step-held": {"regime": "step", "BB": 32, "BH": 32, "held": 99, "KC": 16, "depth": 1},
 }
 
 
