@@ -15,6 +15,8 @@ from fastseq.cli import timing
 from fastseq.cli.bench import cases, command, results, scaling
 from fastseq.cli.main import main
 
+COMMITTED = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
+
 
 @pytest.fixture(autouse=True)
 def _short(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,6 +125,13 @@ def test_plots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert main(["bench", *arguments]) == 0
     for path in (picture, tmp_path / "speed-scaling.png"):
         assert path.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("name", ["cpu.json", "options.json"])
+def test_every_library_of_the_committed_runs_is_drawn(name: str, tmp_path: Path) -> None:
+    picture = tmp_path / "speed.png"
+    assert main(["bench", "--results", str(COMMITTED / name), "--plot", str(picture)]) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ COLOURS = {
     "compile": "tab:purple",
     "onnxruntime": "tab:orange",
     "openvino": "tab:green",
+    "plain": "tab:cyan",
     "fastseq": "tab:blue",
 }
 
