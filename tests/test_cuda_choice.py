@@ -1,5 +1,5 @@
-"""``FASTSEQ_IMPL=gpu``: a cluster of CUDA C++ for the calls of an LSTM that it serves, Triton for the rest; and when
-``fastseq._cuda`` is built."""
+"""``FASTSEQ_IMPL=gpu``: CUDA C++ for the LSTMs that a cluster serves or whose weights only it keeps on chip, Triton for
+the rest; and when ``fastseq._cuda`` is built."""
 
 from __future__ import annotations
 
@@ -58,19 +58,26 @@ def test_clusters_where_they_serve_and_triton_for_the_rest() -> None:
 
 @needs_launchers
 @needs_emulator
-def test_what_keeps_a_call_from_a_cluster() -> None:
+def test_which_calls_go_to_the_cuda_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     from fastseq.cuda import choice
+
+    monkeypatch.setattr(choice, "chip_of", lambda device: choice.triton_plan.H100)
 
     def serves(steps: int, hidden: int, dtype: torch.dtype, *options: Any, device: str = "cpu") -> bool:
         where = torch.device(device)
-        return choice.cluster_serves(steps, 16, hidden, dtype, where, False, None, options)
+        return choice.cuda_serves(steps, 16, hidden, dtype, where, False, None, options)
 
     assert not serves(100, 512, torch.float16)  # there is no extension for CPU tensors
     with emulated():
         assert serves(100, 512, torch.float16, None, None)
         assert not serves(100, 512, torch.float16, None, torch.ones(1))
         assert not serves(1, 512, torch.float16)
-        assert not serves(100, 769, torch.float16)
+        assert not serves(100, 769, torch.float16)  # the grid could, but Triton has room for the weights too
+        assert not serves(100, 1536, torch.float16)
+        assert serves(100, 1537, torch.float16)
+        assert serves(100, 2112, torch.float16)
+        assert not serves(100, 2113, torch.float16)  # nor has the grid
+        assert not serves(100, 1900, torch.float32)
         assert not serves(100, 512, torch.float32)
         assert not serves(100, 512, torch.float16, device="meta")
 

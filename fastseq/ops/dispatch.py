@@ -66,8 +66,8 @@ _NAMES = {"cpp": "C++", "triton": "Triton", "cuda": "CUDA"}
 #: Triton's in its interpreter, those of CUDA C++ in the emulator.
 _REGIMES = {
     "triton": "resident, persistent or step by shape",
-    "cuda": "cluster or cell by shape",
-    GPU: "CUDA C++ where a cluster serves an LSTM, else Triton's resident, persistent or step by shape",
+    "cuda": "cluster, grid or cell by shape",
+    GPU: "CUDA C++ where only it has an LSTM's weights on chip, or a cluster has, else Triton's regimes by shape",
 }
 
 #: The library ``fastseq`` of ``torch.ops.fastseq``; every operation defines itself in it.
