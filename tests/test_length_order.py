@@ -146,7 +146,7 @@ def test_a_backward_goes_by_the_tape(seed: int) -> None:
 
 
 def tape_of(lengths: Tensor, save: int) -> tuple[list[Any], tuple[Tensor, ...]]:
-    """The inputs of a layer with B = 64 and H = 64 and the results of its forward, tape included."""
+    """The inputs of a layer with H = 64 and the results of its forward, tape included."""
     steps, batch = 12, len(lengths)
     made = inputs_of(dataclasses.replace(Case(steps, batch, 4, 64), time=""), 4, torch.float32)
     flags = torch.where(torch.arange(steps)[:, None] < lengths, 0, 2).to(torch.uint8)
@@ -167,15 +167,16 @@ def order_of_tape(lengths: Tensor, save: int = ANY_ORDER) -> Tensor:
 def test_mixed_lengths_are_ordered_and_equal_ones_are_not(backend: str, seed: int) -> None:
     if backend == "reference":
         pytest.skip("the order is the C++ kernels'")
+    rows = 96  # of which two threads have more than a tile each, whatever the instruction set
     with use_implementation("cpp"):
-        lengths = mixed(12, 64)
+        lengths = mixed(12, rows)
         order = order_of_tape(lengths)
-        assert sorted(order.tolist()) == list(range(64))
+        assert sorted(order.tolist()) == list(range(rows))
         short = (lengths[order] <= 1).int()  # tiles of long and of short ones, not a long and a short row by turns
-        assert (short.diff() != 0).sum() < 30 < ((lengths <= 1).int().diff() != 0).sum()
-        for plain in (torch.full((64,), 9), torch.sort(lengths, descending=True).values):
-            assert torch.equal(order_of_tape(plain), torch.arange(64))
-        assert torch.equal(order_of_tape(lengths, KEEP), torch.arange(64))
+        assert (short.diff() != 0).sum() < 45 < ((lengths <= 1).int().diff() != 0).sum()
+        for plain in (torch.full((rows,), 9), torch.sort(lengths, descending=True).values):
+            assert torch.equal(order_of_tape(plain), torch.arange(rows))
+        assert torch.equal(order_of_tape(lengths, KEEP), torch.arange(rows))
 
 
 def test_a_tape_that_is_none_is_refused(backend: str, seed: int) -> None:
