@@ -143,7 +143,10 @@ _overrides: dict[str, Any] = {}
 
 @contextlib.contextmanager
 def override(**fields: Any) -> Iterator[None]:
-    """Inside the ``with`` block plans take these fields, of :data:`CHOICES`, as given. For tests and for measuring."""
+    """Inside the ``with`` block plans take these fields, of :data:`CHOICES`, as given; ``held`` is the most chunks.
+
+    For tests and for measuring.
+    """
     unknown = fields.keys() - CHOICES
     if unknown:
         raise ValueError(f"override: a plan has no field to choose named {', '.join(sorted(unknown))}")
@@ -223,10 +226,6 @@ def _resident(shape: Shape, given: dict[str, Any], precision: str) -> Plan:
 
 def _spread(shape: Shape, chip: Chip, given: dict[str, Any], precision: str, regime: str) -> Plan:
     together = regime == "persistent"
-    room = chip.shared - SMALL_BYTES
-    most = HELD_BYTES_HALF[shape.gates] if shape.item == 2 else HELD_BYTES_FLOAT32[precision]
-    if chip.amd:
-        most = min(most, HELD_BYTES_AMD)
     accumulators = ACCUMULATORS
     if shape.gates == 4 and shape.backward:  # beside each sum stand four gates and their gradients
         accumulators //= 2
@@ -235,8 +234,6 @@ def _spread(shape: Shape, chip: Chip, given: dict[str, Any], precision: str, reg
     # Products without tensor cores keep their operands in registers. Where weights are streamed that leaves none for
     # loads ahead, and an LSTM's largest tile forwards spills at some sizes: taken only where the units need it.
     by_hand = shape.item == 4 and precision == "ieee"
-    # Else so little fits that it is not worth its registers; and an Elman layer's spill.
-    in_part = not chip.amd and shape.gates == 4 and (shape.item == 2 or precision == "tf32")
     best: tuple[tuple[int, ...], Cut, dict[str, Any]] | None = None
     for BB in (given["BB"],) if "BB" in given else BATCH_TILES:
         for BH in (given["BH"],) if "BH" in given else UNIT_TILES:
@@ -251,7 +248,7 @@ def _spread(shape: Shape, chip: Chip, given: dict[str, Any], precision: str, reg
             rounds = -(-tiles // groups) * -(-programs * groups // chip.programs)
             # A number of the tile for each thread: with fewer, the warps would all compute the same cells.
             warps = given.get("warps", max(1, min(8, BB * BH // 32)))
-            cut = _cut(shape, BB, columns, warps, room if together else 0, most, in_part, given)
+            cut = _cut(shape, chip if together else None, precision, BB, columns, warps, given)
             crowded = by_hand and shape.gates == 4 and not shape.backward and 2 * BB * columns > accumulators
             # Registers that suffice, few rounds, weights on chip, little work for a program, few rows of h to fetch.
             cost = (int(crowded), rounds, int(cut.kept != "held"), BB * BH, BB)
@@ -273,10 +270,10 @@ def _spread(shape: Shape, chip: Chip, given: dict[str, Any], precision: str, reg
 
 
 def _cut(
-    shape: Shape, BB: int, columns: int, warps: int, room: int, most: int, in_part: bool, given: dict[str, Any]
+    shape: Shape, chip: Chip | None, precision: str, BB: int, columns: int, warps: int, given: dict[str, Any]
 ) -> Cut:
-    """All weights on chip where they fit, else ``in_part`` as many chunks of them as do, or none: with all that a step
-    needs beside them in ``room`` bytes of shared memory, and themselves in ``most``."""
+    """All weights on ``chip`` where they fit beside what a step needs, else as many chunks as do, or none; None keeps
+    nothing."""
     # As much at once as keeps the chunk of h, all warps together, at 16 KiB.
     sixteens = -(-shape.K // (16 * warps))  # of K, that a warp has
     KC: int = given.get("KC", min(max(16, 16 * 1024 // (BB * warps * shape.item)), 16 * power_of_two(sixteens)))
@@ -286,14 +283,26 @@ def _cut(
         full, last = full + 1, 0
     every = full + (last > 0)
 
-    def fit(beside: int, most: int) -> int:
-        """How much of K a warp can have on chip if it needs so many bytes beside."""
-        return max(0, min(room - warps * beside, most)) // (warps * columns * shape.item)
+    held = 0
+    if "held" in given:
+        held = min(given["held"], every)
+    elif chip is not None:
+        room = chip.shared - SMALL_BYTES
+        most = HELD_BYTES_HALF[shape.gates] if shape.item == 2 else HELD_BYTES_FLOAT32[precision]
+        if chip.amd:
+            most = min(most, HELD_BYTES_AMD)
 
-    # Beside the weights stand the chunks of h on their way and, after them, the sums of all warps; or one chunk of h
-    # and one of the weights that are streamed.
-    sums, streamed = BB * columns * 4, 16 * (BB + columns) * shape.item
-    whole = fit(max(BB * (AHEAD * KC + last) * shape.item, sums), most)
-    part = fit(max(BB * AHEAD * KC * shape.item, sums, streamed), min(most, PART_BYTES))
-    held = every if full * KC + last <= whole else min(full, PART_CHUNKS, part // KC) if in_part else 0
-    return Cut(KC, full, last, min(given.get("held", held), every))
+        def fit(beside: int, most: int) -> int:
+            """How much of K a warp can have on chip if it needs so many bytes beside."""
+            return max(0, min(room - warps * beside, most)) // (warps * columns * shape.item)
+
+        # Beside the weights stand the chunks of h on their way and, after them, the sums of all warps; or one chunk of
+        # h and one of the weights that are streamed.
+        sums, streamed = BB * columns * 4, 16 * (BB + columns) * shape.item
+        if full * KC + last <= fit(max(BB * (AHEAD * KC + last) * shape.item, sums), most):
+            held = every
+        elif not chip.amd and shape.gates == 4 and (shape.item == 2 or precision == "tf32"):
+            # Else so little fits that it is not worth its registers; and an Elman layer's spill.
+            part = fit(max(BB * AHEAD * KC * shape.item, sums, streamed), min(most, PART_BYTES))
+            held = min(full, PART_CHUNKS, part // KC)
+    return Cut(KC, full, last, held)

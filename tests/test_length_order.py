@@ -167,13 +167,13 @@ def order_of_tape(lengths: Tensor, save: int = ANY_ORDER) -> Tensor:
 def test_mixed_lengths_are_ordered_and_equal_ones_are_not(backend: str, seed: int) -> None:
     if backend == "reference":
         pytest.skip("the order is the C++ kernels'")
-    rows = 96  # of which two threads have more than a tile each, whatever the instruction set
+    rows = 80  # of which two threads have more than a tile each, whatever the instruction set
     with use_implementation("cpp"):
         lengths = mixed(12, rows)
         order = order_of_tape(lengths)
         assert sorted(order.tolist()) == list(range(rows))
         short = (lengths[order] <= 1).int()  # tiles of long and of short ones, not a long and a short row by turns
-        assert (short.diff() != 0).sum() < 45 < ((lengths <= 1).int().diff() != 0).sum()
+        assert (short.diff() != 0).sum() < 30 < ((lengths <= 1).int().diff() != 0).sum()
         for plain in (torch.full((rows,), 9), torch.sort(lengths, descending=True).values):
             assert torch.equal(order_of_tape(plain), torch.arange(rows))
         assert torch.equal(order_of_tape(lengths, KEEP), torch.arange(rows))

@@ -163,8 +163,7 @@ def test_plans_cover_every_unit_and_sequence_once() -> None:
                     assert made.warps * (made.cut.full * made.cut.KC + made.cut.last) >= K or made.regime == "resident"
 
 
-def test_as_much_of_the_weights_is_held_as_fits() -> None:
-    """Beside them stand what a step needs; from one size on they are held in part, and there is no way back."""
+def test_held_weights_fit_and_are_held_in_part_from_one_size_on() -> None:
     kept = []
     for H in range(129, 2113, 16):
         made = plan.choose(plan.Shape(4, False, 10, 16, H, 2), plan.H100)

@@ -67,7 +67,7 @@ _NAMES = {"cpp": "C++", "triton": "Triton", "cuda": "CUDA"}
 _REGIMES = {
     "triton": "resident, persistent or step by shape",
     "cuda": "cluster, grid or cell by shape",
-    GPU: "CUDA C++ where only it has an LSTM's weights on chip, or a cluster has, else Triton's regimes by shape",
+    GPU: "CUDA C++ where a cluster serves an LSTM or Triton has no room for its weights on chip, else Triton by shape",
 }
 
 #: The library ``fastseq`` of ``torch.ops.fastseq``; every operation defines itself in it.
