@@ -53,6 +53,7 @@ from fastseq.kernels.products import (
     padded_gates,
     previous_states,
     product,
+    weight_gradient,
     wide_product,
     wide_state,
 )
@@ -982,9 +983,8 @@ def _backward(
             dh0 = dc0 = none
         dw_ih = dw_hh = db = none
         if needs & NEEDS_WEIGHTS:
-            dw_ih = product(rows.t(), x.flatten(0, 1))
-            h_before = previous_states(y, h0, flags, reverse, h_mask)
-            dw_hh = product(rows.t(), h_before.flatten(0, 1))
+            dw_ih = weight_gradient(rows, x)
+            dw_hh = weight_gradient(rows, previous_states(y, h0, flags, reverse, h_mask))
             if b_ih is not None or b_hh is not None:
                 db = rows.sum(0, dtype=torch.float32).to(x.dtype)
         dpeephole = dh_mask = none

@@ -25,6 +25,26 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     return wide_product(a, b).to(a.dtype)
 
 
+def weight_gradient(rows: Tensor, seen: Tensor) -> Tensor:
+    """The gradient ``[N, K]`` of weights, in the dtype of ``seen``: of their sums' gradients ``rows [T * B, N]`` and of
+    what the weights met, ``seen [T, B, K]``.
+
+    float32 is added up in parts of T + B rows. Of n = T B terms in chains of m, and then a chain of n / m, the square
+    of the error grows like n (m + n / m): autograd, a step at a time, has m = B, one product has m = n, and these parts
+    are as exact as autograd with fewer of them. In half types, and in TF32, what the terms were rounded to outweighs
+    that.
+    """
+    steps, batch, _ = seen.shape
+    seen = seen.flatten(0, 1)
+    part = steps + batch
+    if seen.dtype != torch.float32 or input_precision(seen.dtype) == "tf32" or part >= len(rows):
+        return product(rows.t(), seen)
+    total = wide_product(rows[:part].t(), seen[:part])
+    for first in range(part, len(rows), part):
+        total.addmm_(rows[first : first + part].t(), seen[first : first + part])
+    return total
+
+
 def padded_gates(weight: Tensor, gates: int, width: int) -> Tensor:
     """``[gates * H, I]`` with every gate's rows padded by zeros to ``width``, as the tape has its columns."""
     hidden = weight.shape[0] // gates

@@ -44,6 +44,7 @@ from fastseq.kernels.products import (
     padded_gates,
     previous_states,
     product,
+    weight_gradient,
     wide_product,
     wide_state,
 )
@@ -688,8 +689,8 @@ def _backward(
             dh0 = none
         dw_ih = dw_hh = db = none
         if needs & NEEDS_WEIGHTS:
-            dw_ih = product(rows.t(), x.flatten(0, 1))
-            dw_hh = product(rows.t(), previous_states(y, h0, flags, reverse, h_mask).flatten(0, 1))
+            dw_ih = weight_gradient(rows, x)
+            dw_hh = weight_gradient(rows, previous_states(y, h0, flags, reverse, h_mask))
             if b_ih is not None or b_hh is not None:
                 db = rows.sum(0, dtype=torch.float32).to(x.dtype)
         dh_mask = none
