@@ -63,8 +63,10 @@ def points_and_centers(case: Case) -> tuple[Tensor, Tensor]:
     centers = scale * random(case.K, case.d)
     if case.kind == "plain":
         return scale * random(case.N, case.d), centers
-    if case.kind == "wide":  # far from every centre, so that every u would underflow
-        return 1e8 * random(case.N, case.d), centers
+    if case.kind == "wide":
+        # So far from every centre that u would underflow where alpha is large. The centres are apart as seen from
+        # there: else all distances round to one number, and the reference is right by luck.
+        return 1e8 * random(case.N, case.d), 1e6 * centers
     # 1e-2 from a centre; "far": 1e4 from the origin too, "tight": the centres 10 apart, but 3 where alpha is large.
     # There q falls off exponentially, and float64 would no longer tell the nearest centre's q from 1: its gradient and
     # the loss, made of 1 - q, would be wrong in the truth itself.
