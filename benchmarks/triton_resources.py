@@ -35,10 +35,10 @@ TABLE = Path(__file__).resolve().parent / "results" / "triton_resources.md"
 
 #: Multiprocessors and shared memory of the GPU that a plan is made for: A100, H100, B200 and MI300X.
 CHIPS = {
-    "sm_80": plan.Chip(108, TARGETS["sm_80"][1]),
-    "sm_90": plan.Chip(132, TARGETS["sm_90"][1]),
-    "sm_100": plan.Chip(148, TARGETS["sm_100"][1]),
-    "gfx942": plan.Chip(304, TARGETS["gfx942"][1], amd=True),
+    "sm_80": plan.Chip(108, TARGETS["sm_80"][1], 8),
+    "sm_90": plan.Chip(132, TARGETS["sm_90"][1], 9),
+    "sm_100": plan.Chip(148, TARGETS["sm_100"][1], 10),
+    "gfx942": plan.Chip(304, TARGETS["gfx942"][1], 0),
 }
 
 

@@ -100,7 +100,7 @@ def _triton_regimes() -> dict[str, Any]:
         facts = torch.cuda.get_device_properties(torch.cuda.current_device())
         # AMD's has one number, NVIDIA's the one that a kernel may ask for beside the one that it gets unasked.
         shared = getattr(facts, "shared_memory_per_block_optin", facts.shared_memory_per_block)
-        chip = plan.Chip(facts.multi_processor_count, shared)
+        chip = plan.Chip(facts.multi_processor_count, shared, 0 if torch.version.hip else facts.major)
     return {
         op: {
             f"{which}, {8 * item} bit": plan.regimes(gates, item, which == "backward", chip)

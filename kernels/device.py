@@ -3,7 +3,7 @@
 The recurrent product is cut over K between the warps of a program: each warp multiplies its own slice of h with its own
 slice of the weights, and one sum over the warps ends it. So a program can own a few units only, which spreads the work
 over all multiprocessors, and still use all its warps. Weights that are loaded before the loop over time stay in shared
-memory for the whole sequence; what has no room there is read again at every step.
+memory or registers for the whole sequence; what has no room there is read again at every step.
 
 Everything here also runs in Triton's interpreter, so there is no libdevice, and inline assembly only where a constant
 says that the kernel is compiled.
@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+from fastseq.kernels import plan
 
 # Bits of the step flags, as fastseq.ops.flags has them.
 CUT = tl.constexpr(1)
@@ -70,10 +72,12 @@ def load_unit_rows(values, u, ok, H: tl.constexpr, ROWS: tl.constexpr):
     return rows
 
 
-# The recurrent product [BB, K] x [K, N], K in FULL chunks of W * KC and one last of W * LAST. The rows on the left have
-# BOUND numbers, a whole multiple of 16 bytes: K, and zeros. So loads of them are wide whatever K is. Of the weights the
-# first HELD chunks are on chip. The others come from the L2 cache at every step, STREAMED of K for each warp at a time.
+# The recurrent product [BB, K] x [K, N], K in REGISTERS pieces of W * PIECE, FULL chunks of W * KC and one last of
+# W * LAST. The rows on the left have BOUND numbers, a whole multiple of 16 bytes: K, and zeros. So loads of them are
+# wide whatever K is. Of the weights the pieces are in registers and the first HELD chunks in shared memory. The others
+# come from the L2 cache at every step, STREAMED of K for each warp at a time.
 
+PIECE = tl.constexpr(plan.PIECE)
 STREAMED = tl.constexpr(16)
 
 
@@ -97,11 +101,25 @@ def weight_chunk(
     W: tl.constexpr,
 ):
     """[W, KC, N]: row k of column n is at w + columns[n] + k * stride."""
-    k = (START + tl.arange(0, W)[:, None] * KC + tl.arange(0, KC)[None, :])[:, :, None]
+    k = (tl.arange(0, W)[:, None] * KC + tl.arange(0, KC)[None, :] + START)[:, :, None]
     ok = columns_ok[None, None, :]
     if START + W * KC > K:
         ok = ok & (k < K)
     return tl.load(w + columns[None, None, :] + row_offsets(k, stride, K), mask=ok, other=0.0)
+
+
+@triton.jit
+def in_registers(chunk, W: tl.constexpr, KC: tl.constexpr):
+    """``chunk [W, KC, N]`` as it is, in the registers from which a product reads it.
+
+    The compiler would put it into shared memory and read it from there at every step. But what a product has left lies
+    as a transposed operand does, so that it stays where it is, and a product by the identity is exact. (Numbers that
+    are not finite make all of their column NaN.)
+    """
+    k = tl.arange(0, KC)
+    identity = tl.broadcast_to((k[:, None] == k[None, :]).to(chunk.dtype)[None, :, :], (W, KC, KC))
+    columns = tl.dot(tl.trans(chunk, (0, 2, 1)), identity, input_precision="ieee")
+    return tl.trans(columns.to(chunk.dtype), (0, 2, 1))
 
 
 @triton.jit
@@ -115,21 +133,29 @@ def hold_weights(
     FULL: tl.constexpr,
     LAST: tl.constexpr,
     HELD: tl.constexpr,
+    REGISTERS: tl.constexpr,
     W: tl.constexpr,
 ):
-    """The first HELD chunks of the weights of a program's columns, read once, for :func:`recurrent_product`."""
-    held = ()
+    """The pieces and the first HELD chunks of the weights of a program's columns, read once, for
+    :func:`recurrent_product`."""
+    FROM: tl.constexpr = REGISTERS * W * PIECE
+    chunks = ()
     for i in tl.static_range(HELD if HELD < FULL else FULL):
-        held = held + (weight_chunk(w, columns, columns_ok, stride, i * W * KC, K, KC, W),)
+        chunks = chunks + (weight_chunk(w, columns, columns_ok, stride, FROM + i * W * KC, K, KC, W),)
     if HELD > FULL:
-        held = held + (weight_chunk(w, columns, columns_ok, stride, FULL * W * KC, K, LAST, W),)
-    return held
+        chunks = chunks + (weight_chunk(w, columns, columns_ok, stride, FROM + FULL * W * KC, K, LAST, W),)
+    # Last, since loading chunks of which no two numbers can be read at once takes most registers.
+    pieces = ()
+    for i in tl.static_range(REGISTERS):
+        piece = weight_chunk(w, columns, columns_ok, stride, i * W * PIECE, K, PIECE, W)
+        pieces = pieces + (in_registers(piece, W, PIECE),)
+    return pieces + chunks
 
 
 @triton.jit
 def state_chunk(rows, rows_ok, START: tl.constexpr, BOUND: tl.constexpr, KC: tl.constexpr, W: tl.constexpr):
     """[W, BB, KC] of the rows that begin at the pointers ``rows``, from the L2 cache: other programs wrote them."""
-    k = (START + tl.arange(0, W)[:, None] * KC + tl.arange(0, KC)[None, :])[:, None, :]
+    k = (tl.arange(0, W)[:, None] * KC + tl.arange(0, KC)[None, :] + START)[:, None, :]
     ok = rows_ok[None, :, None]
     if START + W * KC > BOUND:
         ok = ok & (k < BOUND)
@@ -154,6 +180,7 @@ def recurrent_product(
     BB: tl.constexpr,
     N: tl.constexpr,
     HELD: tl.constexpr,
+    REGISTERS: tl.constexpr,
     DEPTH: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -162,21 +189,33 @@ def recurrent_product(
     Rows that are not ``rows_ok`` are zero. DEPTH chunks of the rows are on their way before the first is used.
     """
     acc = tl.zeros([W, BB, N], dtype=tl.float32)
+    AHEAD: tl.constexpr = KC // PIECE  # as many pieces as a chunk has, and in the place of one
+    pieces = ()
+    for i in tl.static_range(AHEAD if AHEAD < REGISTERS else REGISTERS):
+        pieces = pieces + (state_chunk(rows, rows_ok, i * W * PIECE, BOUND, PIECE, W),)
+    FROM: tl.constexpr = REGISTERS * W * PIECE
     COUNT: tl.constexpr = HELD if HELD < FULL else FULL
+    EARLY: tl.constexpr = DEPTH - 1 if REGISTERS > 0 else DEPTH
     h = ()
-    for i in tl.static_range(DEPTH if DEPTH < COUNT else COUNT):
-        h = h + (state_chunk(rows, rows_ok, i * W * KC, BOUND, KC, W),)
+    for i in tl.static_range(EARLY if EARLY < COUNT else COUNT):
+        h = h + (state_chunk(rows, rows_ok, FROM + i * W * KC, BOUND, KC, W),)
     last = ()
     if HELD > FULL:
-        last = (state_chunk(rows, rows_ok, FULL * W * KC, BOUND, LAST, W),)
+        last = (state_chunk(rows, rows_ok, FROM + FULL * W * KC, BOUND, LAST, W),)
+    for i in tl.static_range(REGISTERS):
+        acc = tl.dot(pieces[i], held[i], acc, input_precision=PRECISION)
+        if i + AHEAD < REGISTERS:
+            pieces = pieces + (state_chunk(rows, rows_ok, (i + AHEAD) * W * PIECE, BOUND, PIECE, W),)
+    for i in tl.static_range(EARLY, DEPTH if DEPTH < COUNT else COUNT):
+        h = h + (state_chunk(rows, rows_ok, FROM + i * W * KC, BOUND, KC, W),)
     for i in tl.static_range(COUNT):
-        acc = tl.dot(h[i], held[i], acc, input_precision=PRECISION)
+        acc = tl.dot(h[i], held[REGISTERS + i], acc, input_precision=PRECISION)
         if i + DEPTH < COUNT:
-            h = h + (state_chunk(rows, rows_ok, (i + DEPTH) * W * KC, BOUND, KC, W),)
+            h = h + (state_chunk(rows, rows_ok, FROM + (i + DEPTH) * W * KC, BOUND, KC, W),)
     if HELD > FULL:
-        acc = tl.dot(last[0], held[FULL], acc, input_precision=PRECISION)
-    elif HELD * W * KC < K:
-        for start in range(HELD * W * KC, K, W * STREAMED):
+        acc = tl.dot(last[0], held[REGISTERS + FULL], acc, input_precision=PRECISION)
+    elif FROM + HELD * W * KC < K:
+        for start in range(FROM + HELD * W * KC, K, W * STREAMED):
             k = start + tl.arange(0, W)[:, None] * STREAMED + tl.arange(0, STREAMED)[None, :]
             ok = (k[:, None, :] < BOUND) & rows_ok[None, :, None]
             chunk = tl.load(rows[None, :, None] + k[:, None, :], mask=ok, other=0.0, cache_modifier=".cg")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -70,6 +70,7 @@ def tile_constants(plan: Plan) -> dict[str, Any]:
         "FULL": plan.cut.full,
         "LAST": plan.cut.last,
         "HELD": plan.cut.held,
+        "REGISTERS": plan.cut.registers,
         "DEPTH": plan.depth,
         "SYNC": plan.sync,
         "SIGNALS": signals_per_group(plan),
@@ -130,13 +131,14 @@ def ranges(plan: Plan, steps: int, backward: bool) -> Iterator[tuple[int, int]]:
 @cache
 def _chip(index: int) -> Chip:
     facts = triton.runtime.driver.active.utils.get_device_properties(index)
-    return Chip(facts["multiprocessor_count"], facts["max_shared_mem"], torch.version.hip is not None)
+    capability = 0 if torch.version.hip else torch.cuda.get_device_capability(index)[0]
+    return Chip(facts["multiprocessor_count"], facts["max_shared_mem"], capability)
 
 
 def chip_of(device: torch.device) -> Chip:
     """What a plan has to know of a device. The interpreter runs programs one after the other, so there one is all that
     may wait for each other."""
-    return _chip(device.index) if device.type == "cuda" else Chip(1, H100.shared)
+    return _chip(device.index) if device.type == "cuda" else replace(H100, programs=1)
 
 
 @contextlib.contextmanager

@@ -192,6 +192,7 @@ def lstm_forward_spread(
     BH: tl.constexpr,
     W: tl.constexpr,
     HELD: tl.constexpr,
+    REGISTERS: tl.constexpr,
     KC: tl.constexpr,
     FULL: tl.constexpr,
     LAST: tl.constexpr,
@@ -210,7 +211,7 @@ def lstm_forward_spread(
     n = tl.arange(0, 4 * BH)
     column = tile * BH + n // 4
     columns = ((n % 4) * H + column).to(tl.int64) * H
-    held = hold_weights(w_hh, columns, column < H, 1, H, KC, FULL, LAST, HELD, W)
+    held = hold_weights(w_hh, columns, column < H, 1, H, KC, FULL, LAST, HELD, REGISTERS, W)
     bias_ih = load_unit_rows(b_ih, u, u < H, H, 4)
     bias_hh = load_unit_rows(b_hh, u, u < H, H, 4)
     p = load_unit_rows(peephole, u, u < H, H, 3)
@@ -265,6 +266,7 @@ def lstm_forward_spread(
                 BB,
                 4 * BH,
                 HELD,
+                REGISTERS,
                 DEPTH,
                 PRECISION,
             )
@@ -327,6 +329,7 @@ def lstm_backward_spread(
     BH: tl.constexpr,
     W: tl.constexpr,
     HELD: tl.constexpr,
+    REGISTERS: tl.constexpr,
     KC: tl.constexpr,
     FULL: tl.constexpr,
     LAST: tl.constexpr,
@@ -343,7 +346,7 @@ def lstm_backward_spread(
     batch = B.to(tl.int64)
     u = tile * BH + tl.arange(0, BH)
     unit_ok = u < H
-    held = hold_weights(w_hh, u, unit_ok, H, 4 * H, KC, FULL, LAST, HELD, W)
+    held = hold_weights(w_hh, u, unit_ok, H, 4 * H, KC, FULL, LAST, HELD, REGISTERS, W)
     p = load_unit_rows(peephole, u, unit_ok, H, 3)
     if signals is not None:
         signals += group * SIGNALS
@@ -400,6 +403,7 @@ def lstm_backward_spread(
                 BB,
                 BH,
                 HELD,
+                REGISTERS,
                 DEPTH,
                 PRECISION,
             )

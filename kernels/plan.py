@@ -2,10 +2,10 @@
 
 - ``resident``: the recurrent weights fit one SM. One program per tile of the batch walks through the whole sequence
   with the weights and h on chip, and waits for nobody.
-- ``persistent``: the weights are spread over the SMs, each program holding the columns of its units in shared memory;
-  what does not fit there it reads from the L2 cache at every step. The programs of one tile of the batch form a group,
-  which exchanges h through the L2 cache and waits for each other once per step. The launch is cooperative: all programs
-  run at once, or it fails.
+- ``persistent``: the weights are spread over the SMs, each program holding the columns of its units in shared memory
+  and, of the LSTM, in registers; what does not fit there it reads from the L2 cache at every step. The programs of one
+  tile of the batch form a group, which exchanges h through the L2 cache and waits for each other once per step. The
+  launch is cooperative: all programs run at once, or it fails.
 - ``step``: one launch per step, for a single step and for what does not fit a cooperative launch.
 
 A group that has several tiles of the batch to do takes one after the other, so any batch size fits.
@@ -16,10 +16,10 @@ from __future__ import annotations
 import bisect
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-CHOICES = {"regime", "BB", "BH", "groups", "warps", "stages", "held", "KC", "depth", "sync", "precision"}
+CHOICES = {"regime", "BB", "BH", "groups", "warps", "stages", "held", "registers", "KC", "depth", "sync", "precision"}
 REGIMES = ("resident", "persistent", "step")
 SYNCS = ("counter", "flags")
 PRECISIONS = ("ieee", "tf32", "tf32x3")
@@ -33,6 +33,11 @@ ACCUMULATORS = 1024
 # Of weights that are held in part, at most, in bytes and in chunks: with more, the loop that streams the others has too
 # few registers and spills.
 PART_BYTES, PART_CHUNKS = 160 * 1024, 3
+# Of weights that are held whole but have no room in shared memory: of K, what a warp takes at a time, and how many
+# bytes a thread may have in its registers, by the compute capability. With more, or tiles of 32 sequences, kernels
+# spill.
+PIECE = 16
+REGISTER_BYTES = {8: 256, 9: 320, 10: 112}
 # Of weights that are held whole, in half types, by the number of gates: with more, an Elman layer's spill on sm_100.
 HELD_BYTES_HALF = {4: 192 * 1024, 1: 168 * 1024}
 # Without tensor cores, and with an operand made of two, the weights take many registers on their way to the product.
@@ -48,25 +53,32 @@ UNIT_TILES = (8, 16, 32, 64)
 @dataclass(frozen=True)
 class Chip:
     """What a plan has to know of a GPU: how many programs run at once, one on each multiprocessor, the shared memory
-    that one may have, in bytes, and whether it is AMD's."""
+    that one may have, in bytes, and the first number of the compute capability, which is 0 for AMD's."""
 
     programs: int
     shared: int
-    amd: bool = False
+    capability: int
+
+    @property
+    def amd(self) -> bool:
+        """Whether it is AMD's."""
+        return self.capability == 0
 
 
-H100 = Chip(132, 227 * 1024)
+H100 = Chip(132, 227 * 1024, 9)
 
 
 @dataclass(frozen=True)
 class Cut:
-    """The K dimension of a recurrent product in chunks: a warp takes ``KC`` of it at a time, ``full`` times, and then
-    ``last``. Of these chunks of the weights the first ``held`` stay on chip."""
+    """The K dimension of a recurrent product in chunks: a warp takes ``registers`` times :data:`PIECE` of it, whose
+    weights stay in registers, then ``KC`` at a time, ``full`` times, and then ``last``. Of these chunks the weights of
+    the first ``held`` stay in shared memory."""
 
     KC: int
     full: int
     last: int
     held: int
+    registers: int = 0
 
     @property
     def kept(self) -> str:
@@ -143,7 +155,8 @@ _overrides: dict[str, Any] = {}
 
 @contextlib.contextmanager
 def override(**fields: Any) -> Iterator[None]:
-    """Inside the ``with`` block plans take these fields, of :data:`CHOICES`, as given; ``held`` is the most chunks.
+    """Inside the ``with`` block plans take these fields, of :data:`CHOICES`, as given; ``held`` is the most chunks,
+    and ``registers``, beside it, the most pieces.
 
     For tests and for measuring.
     """
@@ -250,8 +263,10 @@ def _spread(shape: Shape, chip: Chip, given: dict[str, Any], precision: str, reg
             warps = given.get("warps", max(1, min(8, BB * BH // 32)))
             cut = _cut(shape, chip if together else None, precision, BB, columns, warps, given)
             crowded = by_hand and shape.gates == 4 and not shape.backward and 2 * BB * columns > accumulators
-            # Registers that suffice, few rounds, weights on chip, little work for a program, few rows of h to fetch.
-            cost = (int(crowded), rounds, int(cut.kept != "held"), BB * BH, BB)
+            # Registers that suffice, few rounds, one with weights that are read again for two (reckoned, not measured),
+            # little work for a program, few rows of h to fetch.
+            again = int(cut.kept != "held")
+            cost = (int(crowded), rounds * (1 + again), again, BB * BH, BB)
             if best is None or cost < best[0]:
                 best = cost, cut, {"BB": BB, "BH": BH, "programs": programs, "groups": groups, "warps": warps}
     if best is None:  # more units than a cooperative launch can have programs for
@@ -277,32 +292,43 @@ def _cut(
     # As much at once as keeps the chunk of h, all warps together, at 16 KiB.
     sixteens = -(-shape.K // (16 * warps))  # of K, that a warp has
     KC: int = given.get("KC", min(max(16, 16 * 1024 // (BB * warps * shape.item)), 16 * power_of_two(sixteens)))
-    full, rest = divmod(sixteens, KC // 16)
-    last = 16 * power_of_two(rest) if rest else 0
-    if last == KC:
-        full, last = full + 1, 0
-    every = full + (last > 0)
 
-    held = 0
+    def cut(registers: int) -> Cut:
+        """With so many pieces in registers, and all chunks held."""
+        full, rest = divmod(sixteens - registers, KC // 16)
+        last = 16 * power_of_two(rest) if rest else 0
+        if last == KC:
+            full, last = full + 1, 0
+        return Cut(KC, full, last, full + (last > 0), registers)
+
+    whole = cut(0)
     if "held" in given:
-        held = min(given["held"], every)
-    elif chip is not None:
-        room = chip.shared - SMALL_BYTES
-        most = HELD_BYTES_HALF[shape.gates] if shape.item == 2 else HELD_BYTES_FLOAT32[precision]
-        if chip.amd:
-            most = min(most, HELD_BYTES_AMD)
+        made = cut(min(given.get("registers", 0), sixteens))
+        return replace(made, held=min(given["held"], made.held))
+    if chip is None:
+        return replace(whole, held=0)
 
-        def fit(beside: int, most: int) -> int:
-            """How much of K a warp can have on chip if it needs so many bytes beside."""
-            return max(0, min(room - warps * beside, most)) // (warps * columns * shape.item)
+    room = chip.shared - SMALL_BYTES
+    most = HELD_BYTES_HALF[shape.gates] if shape.item == 2 else HELD_BYTES_FLOAT32[precision]
+    if chip.amd:
+        most = min(most, HELD_BYTES_AMD)
 
-        # Beside the weights stand the chunks of h on their way and, after them, the sums of all warps; or one chunk of
-        # h and one of the weights that are streamed.
-        sums, streamed = BB * columns * 4, 16 * (BB + columns) * shape.item
-        if full * KC + last <= fit(max(BB * (AHEAD * KC + last) * shape.item, sums), most):
-            held = every
-        elif not chip.amd and shape.gates == 4 and (shape.item == 2 or precision == "tf32"):
-            # Else so little fits that it is not worth its registers; and an Elman layer's spill.
-            part = fit(max(BB * AHEAD * KC * shape.item, sums, streamed), min(most, PART_BYTES))
-            held = min(full, PART_CHUNKS, part // KC)
-    return Cut(KC, full, last, held)
+    def fit(beside: int, most: int) -> int:
+        """How much of K a warp can have in shared memory if it needs so many bytes beside."""
+        return max(0, min(room - warps * beside, most)) // (warps * columns * shape.item)
+
+    # Beside the weights stand the chunks of h on their way and, after them, the sums of all warps; or one chunk of h
+    # and one of the weights that are streamed.
+    sums, streamed = BB * columns * 4, 16 * (BB + columns) * shape.item
+    lstm = not chip.amd and shape.gates == 4  # an Elman layer's kernels spill
+    bytes_of_thread = REGISTER_BYTES.get(chip.capability, 0) if lstm and shape.item == 2 and BB == 16 else 0
+    for registers in range(min(32 * bytes_of_thread // (PIECE * columns * shape.item), sixteens - 1) + 1):
+        made = cut(registers)
+        beside = max(BB * (AHEAD * KC + made.last) * shape.item, sums)
+        if made.full * KC + made.last <= fit(beside, most):
+            return made
+    if lstm and (shape.item == 2 or precision == "tf32"):
+        # Else so little fits that it is not worth its registers.
+        part = fit(max(BB * AHEAD * KC * shape.item, sums, streamed), min(most, PART_BYTES))
+        return replace(whole, held=min(whole.full, PART_CHUNKS, part // KC))
+    return replace(whole, held=0)

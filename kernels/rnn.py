@@ -83,6 +83,7 @@ def rnn_forward_spread(
     BH: tl.constexpr,
     W: tl.constexpr,
     HELD: tl.constexpr,
+    REGISTERS: tl.constexpr,
     KC: tl.constexpr,
     FULL: tl.constexpr,
     LAST: tl.constexpr,
@@ -99,7 +100,7 @@ def rnn_forward_spread(
     batch = B.to(tl.int64)
     u = tile * BH + tl.arange(0, BH)
     columns = u.to(tl.int64) * H
-    held = hold_weights(w_hh, columns, u < H, 1, H, KC, FULL, LAST, HELD, W)
+    held = hold_weights(w_hh, columns, u < H, 1, H, KC, FULL, LAST, HELD, REGISTERS, W)
     bias = load_unit_rows(b_ih, u, u < H, H, 1)[0] + load_unit_rows(b_hh, u, u < H, H, 1)[0]
     if signals is not None:
         signals += group * SIGNALS
@@ -148,6 +149,7 @@ def rnn_forward_spread(
                 BB,
                 BH,
                 HELD,
+                REGISTERS,
                 DEPTH,
                 PRECISION,
             )
@@ -197,6 +199,7 @@ def rnn_backward_spread(
     BH: tl.constexpr,
     W: tl.constexpr,
     HELD: tl.constexpr,
+    REGISTERS: tl.constexpr,
     KC: tl.constexpr,
     FULL: tl.constexpr,
     LAST: tl.constexpr,
@@ -213,7 +216,7 @@ def rnn_backward_spread(
     batch = B.to(tl.int64)
     u = tile * BH + tl.arange(0, BH)
     unit_ok = u < H
-    held = hold_weights(w_hh, u, unit_ok, H, H, KC, FULL, LAST, HELD, W)
+    held = hold_weights(w_hh, u, unit_ok, H, H, KC, FULL, LAST, HELD, REGISTERS, W)
     if signals is not None:
         signals += group * SIGNALS
     epoch = 0
@@ -263,6 +266,7 @@ def rnn_backward_spread(
                 BB,
                 BH,
                 HELD,
+                REGISTERS,
                 DEPTH,
                 PRECISION,
             )

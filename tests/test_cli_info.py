@@ -42,21 +42,21 @@ def test_regimes_of_the_triton_kernels_are_told():
     told = fastseq.info()["triton_regimes"]
     assert told.keys() == {"lstm", "rnn"}
     if not torch.cuda.is_available():
-        text = told["lstm"]["forward, 16 bit"]
-        resident, held, part = (int(piece.split()[-1]) for piece in text.split(", ")[:3])
-        assert text == (
-            f"resident to {resident}, persistent to {held}, persistent with weights held in part to {part}, step beyond"
-        )
-        for H, regime, kept in (
-            (resident, "resident", "held"),
-            (resident + 1, "persistent", "held"),
-            (held, "persistent", "held"),
-            (held + 1, "persistent", "held in part"),
-            (part, "persistent", "held in part"),
-            (part + 1, "step", "streamed"),
-        ):
-            made = plan.choose(plan.Shape(4, False, 100, 16, H, 2), plan.H100)
-            assert (made.regime, made.cut.kept) == (regime, kept)
+        names = {
+            "resident": ("resident", "held"),
+            "persistent": ("persistent", "held"),
+            "persistent with weights held in part": ("persistent", "held in part"),
+        }
+        for which, beyond in (("forward", 2), ("backward", 3)):  # how many of them come before what serves all else
+            text = told["lstm"][f"{which}, 16 bit"]
+            pieces = [piece.split(" to ") for piece in text.split(", ")[:beyond]]
+            assert text == ", ".join([*(f"{name} to {end}" for name, end in pieces), "step beyond"])
+            assert [name for name, _ in pieces] == list(names)[:beyond]
+            expected = [names[name] for name, _ in pieces] + [("step", "streamed")]
+            for (_, end), below, above in zip(pieces, expected, expected[1:], strict=False):
+                for H, (regime, kept) in ((int(end), below), (int(end) + 1, above)):
+                    made = plan.choose(plan.Shape(4, which == "backward", 100, 16, H, 2), plan.H100)
+                    assert (made.regime, made.cut.kept) == (regime, kept), (which, H)
         assert ", persistent with streamed weights to " in told["lstm"]["forward, 32 bit"]
 
 

@@ -61,7 +61,9 @@ def test_clusters_where_they_serve_and_triton_for_the_rest() -> None:
 def test_which_calls_go_to_the_cuda_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     from fastseq.cuda import choice
 
-    monkeypatch.setattr(choice, "chip_of", lambda device: choice.triton_plan.H100)
+    chips = {"H100": choice.triton_plan.H100, "A100": choice.triton_plan.Chip(108, 163 * 1024, 8)}
+    chip = "H100"
+    monkeypatch.setattr(choice, "chip_of", lambda device: chips[chip])
 
     def serves(steps: int, hidden: int, dtype: torch.dtype, *options: Any, device: str = "cpu") -> bool:
         where = torch.device(device)
@@ -73,10 +75,12 @@ def test_which_calls_go_to_the_cuda_kernels(monkeypatch: pytest.MonkeyPatch) -> 
         assert not serves(100, 512, torch.float16, None, torch.ones(1))
         assert not serves(1, 512, torch.float16)
         assert not serves(100, 769, torch.float16)  # the grid could, but Triton has room for the weights too
+        assert not serves(100, 2112, torch.float16)
+        assert not serves(100, 2113, torch.float16)  # neither has
+        chip = "A100"
         assert not serves(100, 1536, torch.float16)
-        assert serves(100, 1537, torch.float16)
-        assert serves(100, 2112, torch.float16)
-        assert not serves(100, 2113, torch.float16)  # nor has the grid
+        assert serves(100, 1537, torch.float16)  # there the grid alone
+        chip = "H100"
         assert not serves(100, 1900, torch.float32)
         assert not serves(100, 512, torch.float32)
         assert not serves(100, 512, torch.float16, device="meta")

@@ -28,6 +28,7 @@ REGIMES: list[dict[str, Any]] = [
     {"regime": "persistent", "BB": 16, "BH": 16, "sync": "flags"},
     {"regime": "persistent", "BB": 32, "BH": 8, "held": 0},
     {"regime": "persistent", "BB": 16, "BH": 8, "KC": 16, "held": 1},
+    {"regime": "persistent", "BB": 16, "BH": 16, "KC": 16, "held": 99, "registers": 1},
     {"regime": "step"},
 ]
 # A child that runs long sequences by many waiting programs; killed, and the run given up, if it does not come back.

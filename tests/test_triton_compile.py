@@ -160,20 +160,46 @@ def test_plans_cover_every_unit_and_sequence_once() -> None:
                     assert made.groups <= -(-B // made.BB)
                     assert made.regime != "persistent" or made.programs * made.groups <= plan.H100.programs
                     K = gates * H if backward else H
-                    assert made.warps * (made.cut.full * made.cut.KC + made.cut.last) >= K or made.regime == "resident"
+                    of_warp = made.cut.registers * plan.PIECE + made.cut.full * made.cut.KC + made.cut.last
+                    assert made.warps * of_warp >= K or made.regime == "resident"
 
 
-def test_held_weights_fit_and_are_held_in_part_from_one_size_on() -> None:
+@pytest.mark.parametrize(("target", "backward"), [("sm_80", False), ("sm_90", False), ("sm_90", True)])
+def test_held_weights_fit_and_are_held_in_part_from_one_size_on(target: str, backward: bool) -> None:
     kept = []
-    for H in range(129, 2113, 16):
-        made = plan.choose(plan.Shape(4, False, 10, 16, H, 2), plan.H100)
-        numbers = made.warps * (
-            min(made.cut.held, made.cut.full) * made.cut.KC + made.cut.last * (made.cut.held > made.cut.full)
-        )
-        assert 0 < numbers * 4 * made.BH * 2 < plan.H100.shared
-        kept.append(made.cut.kept)
-    first = kept.index("held in part")
-    assert kept == ["held"] * first + ["held in part"] * (len(kept) - first)
+    for H in range(129, 108 * 16 if target == "sm_80" else 132 * 16, 16):
+        made = plan.choose(plan.Shape(4, backward, 10, 16, H, 2), CHIPS[target])
+        cut, columns = made.cut, made.BH if backward else 4 * made.BH
+        shared = min(cut.held, cut.full) * cut.KC + cut.last * (cut.held > cut.full)
+        assert 0 < made.warps * shared * columns * 2 < CHIPS[target].shared
+        if cut.registers:
+            assert cut.kept == "held"
+            assert cut.registers * plan.PIECE * columns * 2 <= 32 * plan.REGISTER_BYTES[CHIPS[target].capability]
+        kept.append(cut.kept)
+    assert kept == sorted(kept, key=["held", "held in part"].index)
+    assert ("held in part" in kept) == (target == "sm_80")
+
+
+def test_an_h100_holds_the_weights_of_1900_units_whole() -> None:
+    """Of 16 bits, both passes; and beyond, to as many as its programs may have."""
+    for H in (1900, 2112):
+        for backward in (False, True):
+            made = plan.choose(plan.Shape(4, backward, 1000, 32, H, 2), plan.H100)
+            assert (made.regime, made.cut.kept) == ("persistent", "held")
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_weights_in_registers_stay_there(backward: bool) -> None:
+    """In the loop over time those are not read from shared memory, nor do they change hands between threads."""
+    made, launch = Configuration("lstm", backward, 64, 16, 1900, "float16").launch(CHIPS["sm_90"])
+    assert made.cut.registers > 0
+    loop = loop_of(compiled_ahead(launch, "sm_90"), "cacheModifier = cg")
+    weights = [line for line in loop if "opIdx = 1" in line and "tt.dot" not in line]
+    from_shared = [line for line in weights if "local_load" in line]
+    in_place = [line for line in weights if "convert_layout" in line]
+    assert len(from_shared) == made.cut.held
+    assert len(in_place) == made.cut.registers
+    assert all("#linear" in line for line in in_place), in_place
 
 
 def test_an_unknown_choice_is_refused() -> None:

@@ -47,6 +47,16 @@ REGIMES: dict[str, dict[str, Any]] = {
         "KC": 16,
         "held": 1,
     },
+    "persistent-in-registers": {
+        "regime": "persistent",
+        "BB": 16,
+        "BH": 64,
+        "groups": 1,
+        "warps": 1,
+        "KC": 16,
+        "held": 99,
+        "registers": 2,
+    },
     "step": {"regime": "step", "BB": 16, "BH": 16},
     "step-held": {"regime": "step", "BB": 32, "BH": 32, "held": 99, "KC": 16, "depth": 1},
 }
