@@ -37,7 +37,7 @@ PART_BYTES, PART_CHUNKS = 160 * 1024, 3
 # bytes a thread may have in its registers, by the compute capability. With more, or tiles of 32 sequences, kernels
 # spill.
 PIECE = 16
-REGISTER_BYTES = {8: 256, 9: 256, 10: 112}
+REGISTER_BYTES = {8: 256, 9: 256, 10: 96}
 # Of weights that are held whole, in half types, by the number of gates: with more, an Elman layer's spill on sm_100.
 HELD_BYTES_HALF = {4: 192 * 1024, 1: 168 * 1024}
 # Without tensor cores, and with an operand made of two, the weights take many registers on their way to the product.
@@ -274,8 +274,8 @@ def _spread(shape: Shape, chip: Chip, given: dict[str, Any], precision: str, reg
     _, cut, found = best
     largest_of_float32 = shape.item == 4 and found["BB"] * shape.columns(found["BH"]) >= ACCUMULATORS
     # Whether streamed weights are read a piece ahead; beside held ones float32 has no registers for it on sm_100.
-    crowded = shape.item == 4 and cut.kept == "held in part" and chip.capability == 10
-    ahead = cut.kept != "held" and not by_hand and not crowded
+    scarce = shape.item == 4 and cut.kept == "held in part" and chip.capability == 10
+    ahead = cut.kept != "held" and not by_hand and not scarce
     return Plan(
         regime=regime,
         stages=given.get("stages", 2 if ahead else 1),
