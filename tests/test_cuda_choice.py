@@ -75,11 +75,13 @@ def test_which_calls_go_to_the_cuda_kernels(monkeypatch: pytest.MonkeyPatch) -> 
         assert not serves(100, 512, torch.float16, None, torch.ones(1))
         assert not serves(1, 512, torch.float16)
         assert not serves(100, 769, torch.float16)  # the grid could, but Triton has room for the weights too
-        assert not serves(100, 2112, torch.float16)
-        assert not serves(100, 2113, torch.float16)  # neither has
+        assert not serves(100, 2048, torch.float16)
+        assert serves(100, 2049, torch.float16)  # there the grid alone
+        assert serves(100, 2112, torch.float16)
+        assert not serves(100, 2113, torch.float16)  # nor has the grid
         chip = "A100"
         assert not serves(100, 1536, torch.float16)
-        assert serves(100, 1537, torch.float16)  # there the grid alone
+        assert serves(100, 1537, torch.float16)
         chip = "H100"
         assert not serves(100, 1900, torch.float32)
         assert not serves(100, 512, torch.float32)
