@@ -109,17 +109,17 @@ def weight_chunk(
 
 
 @triton.jit
-def in_registers(chunk, W: tl.constexpr, KC: tl.constexpr):
-    """``chunk [W, KC, N]`` as it is, in the registers from which a product reads it.
+def in_registers(piece, W: tl.constexpr):
+    """``piece [W, PIECE, N]`` as it is, in the registers from which a product reads it.
 
     The compiler would put it into shared memory and read it from there at every step. But what a product has left lies
-    as a transposed operand does, so that it stays where it is, and a product by the identity is exact. (Numbers that
-    are not finite make all of their column NaN.)
+    as a transposed operand does and stays where it is, and a product by the identity is exact. (A weight that is not
+    finite makes 16 of its column NaN.)
     """
-    k = tl.arange(0, KC)
-    identity = tl.broadcast_to((k[:, None] == k[None, :]).to(chunk.dtype)[None, :, :], (W, KC, KC))
-    columns = tl.dot(tl.trans(chunk, (0, 2, 1)), identity, input_precision="ieee")
-    return tl.trans(columns.to(chunk.dtype), (0, 2, 1))
+    k = tl.arange(0, PIECE)
+    identity = tl.broadcast_to((k[:, None] == k[None, :]).to(piece.dtype)[None, :, :], (W, PIECE, PIECE))
+    columns = tl.dot(tl.trans(piece, (0, 2, 1)), identity, input_precision="ieee")
+    return tl.trans(columns.to(piece.dtype), (0, 2, 1))
 
 
 @triton.jit
@@ -148,7 +148,7 @@ def hold_weights(
     pieces = ()
     for i in tl.static_range(REGISTERS):
         piece = weight_chunk(w, columns, columns_ok, stride, i * W * PIECE, K, PIECE, W)
-        pieces = pieces + (in_registers(piece, W, PIECE),)
+        pieces = pieces + (in_registers(piece, W),)
     return pieces + chunks
 
 
@@ -189,13 +189,14 @@ def recurrent_product(
     Rows that are not ``rows_ok`` are zero. DEPTH chunks of the rows are on their way before the first is used.
     """
     acc = tl.zeros([W, BB, N], dtype=tl.float32)
-    AHEAD: tl.constexpr = KC // PIECE  # as many pieces as a chunk has, and in the place of one
+    # So many pieces are on their way before the first is used, in the place of one chunk.
+    AHEAD: tl.constexpr = KC // PIECE
+    EARLY: tl.constexpr = DEPTH - 1 if REGISTERS > 0 else DEPTH
     pieces = ()
     for i in tl.static_range(AHEAD if AHEAD < REGISTERS else REGISTERS):
         pieces = pieces + (state_chunk(rows, rows_ok, i * W * PIECE, BOUND, PIECE, W),)
     FROM: tl.constexpr = REGISTERS * W * PIECE
     COUNT: tl.constexpr = HELD if HELD < FULL else FULL
-    EARLY: tl.constexpr = DEPTH - 1 if REGISTERS > 0 else DEPTH
     h = ()
     for i in tl.static_range(EARLY if EARLY < COUNT else COUNT):
         h = h + (state_chunk(rows, rows_ok, FROM + i * W * KC, BOUND, KC, W),)
