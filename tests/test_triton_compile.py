@@ -191,7 +191,7 @@ def test_an_h100_holds_the_weights_of_1900_units_whole() -> None:
 
 @pytest.mark.parametrize("backward", [False, True])
 def test_weights_in_registers_stay_there(backward: bool) -> None:
-    """In the loop over time those are not read from shared memory, nor do they change hands between threads."""
+    """In the loop over time those alone are not read from shared memory: they come from what a product has left."""
     made, launch = Configuration("lstm", backward, 64, 16, 1900, "float16").launch(CHIPS["sm_90"])
     assert made.cut.registers > 0
     loop = loop_of(compiled_ahead(launch, "sm_90"), "cacheModifier = cg")

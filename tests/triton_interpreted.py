@@ -27,36 +27,13 @@ OPS = {"lstm": 4, "rnn": 1}
 SMALL = [dataclasses.replace(case, P=None) for case in CASES if case.T * case.B < 300]
 NONLINEARITIES = ["tanh", "relu", "sigmoid"]
 # One program for the persistent regime, as wide as the layer.
+PERSISTENT: dict[str, Any] = {"regime": "persistent", "BB": 16, "BH": 64, "groups": 1}
 REGIMES: dict[str, dict[str, Any]] = {
     "resident": {"regime": "resident"},
-    "persistent": {"regime": "persistent", "BB": 16, "BH": 64, "groups": 1},
-    "persistent-streamed-flags": {
-        "regime": "persistent",
-        "BB": 16,
-        "BH": 64,
-        "groups": 1,
-        "held": 0,
-        "sync": "flags",
-    },
-    "persistent-held-in-part": {
-        "regime": "persistent",
-        "BB": 16,
-        "BH": 64,
-        "groups": 1,
-        "warps": 1,
-        "KC": 16,
-        "held": 1,
-    },
-    "persistent-in-registers": {
-        "regime": "persistent",
-        "BB": 16,
-        "BH": 64,
-        "groups": 1,
-        "warps": 1,
-        "KC": 16,
-        "held": 99,
-        "registers": 2,
-    },
+    "persistent": PERSISTENT,
+    "persistent-streamed-flags": PERSISTENT | {"held": 0, "sync": "flags"},
+    "persistent-held-in-part": PERSISTENT | {"warps": 1, "KC": 16, "held": 1},
+    "persistent-in-registers": PERSISTENT | {"warps": 1, "KC": 16, "held": 99, "registers": 2},
     "step": {"regime": "step", "BB": 16, "BH": 16},
     "step-held": {"regime": "step", "BB": 32, "BH": 32, "held": 99, "KC": 16, "depth": 1},
 }
