@@ -293,6 +293,14 @@ PYBIND11_MODULE(FASTSEQ_CUDA_MODULE, m) {
 #if defined(FASTSEQ_CUDA_EMULATED)
   m.attr("emulated") = true;
   m.def("set_schedule", &emulated::set_schedule);
+  m.def("set_launcher", [](const py::object& launcher) {
+    if (launcher.is_none()) return emulated::set_launcher(nullptr);
+    emulated::set_launcher([launcher](std::uintptr_t kernel, const std::array<int, 3>& sizes, std::size_t shared_bytes,
+                                      bool cooperative, const std::string& params) {
+      const py::gil_scoped_acquire acquired;
+      launcher(kernel, sizes, shared_bytes, cooperative, py::bytes(params));
+    });
+  });
 #else
   m.attr("emulated") = false;
 #endif

@@ -6,13 +6,14 @@ Standard library and pybind11 only, since setup.py imports it under build isolat
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import os
 import shutil
 import subprocess
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -68,6 +69,11 @@ def nvcc_command(compiler: str, source: Path, output: Path, targets: Sequence[st
     return [compiler, "-std=c++17", "-O3", *codes, f"-I{CSRC}", *host, *strict, "-c", str(source), "-o", str(output)]
 
 
+def ptx_command(compiler: str, source: Path, output: Path, target: str) -> list[str]:
+    """The command that compiles one file for one target as far as its PTX."""
+    return [compiler, "-std=c++17", "-O3", f"-arch={target}", f"-I{CSRC}", "-ptx", str(source), "-o", str(output)]
+
+
 def host_command(source: Path, output: Path, module: str, flags: Sequence[str]) -> list[str]:
     """The command that compiles one file by the C++ compiler, of the module of that name."""
     includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
@@ -108,6 +114,15 @@ def build_extension(compiler: str, folder: Path, module: Path, *, werror: bool) 
     run_all([[compiler, "-shared", "-cudart", "static", "-o", str(module), *map(str, objects)]], 1)
 
 
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Inside the ``with`` block no other process is in one for that folder: of several tests one builds."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def build_emulator(folder: Path) -> Path:
     """The extension as an emulator of the GPU, in a folder named after its sources, built where it is not there yet."""
     sources = (*HOST_SOURCES, *EMULATOR_SOURCES, *(path for path in CUDA_SOURCES if path.name != "facts.cu"))
@@ -116,9 +131,7 @@ def build_emulator(folder: Path) -> Path:
         digest.update(path.read_bytes())
     folder = folder / digest.hexdigest()[:16]
     module = folder / f"{EMULATOR}{sysconfig.get_config_var('EXT_SUFFIX')}"
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # tests run in several processes, and one of them builds
+    with alone(folder):
         if not module.exists():
             objects = [folder / emulator_object(source) for source in sources]
             flags = [*EMULATOR_FLAGS, "-Werror"]

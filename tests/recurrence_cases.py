@@ -241,6 +241,18 @@ def draws_for(op: str, case: Case, dtype: torch.dtype, nonlinearity: str = "tanh
     return rnn_draws_of(case, nonlinearity, dtype) if op == "rnn" else draws_of(case, 4, dtype)
 
 
+def with_options(case: Case, op: str, dtype: torch.dtype, by_rate: bool) -> list[dict[str, Any]]:
+    """Draws that use all options that the Triton kernels serve: zoneout by rates, or by masks."""
+    found = draws_for(op, case, dtype)
+    for inputs in found:
+        inputs["h_mask"] = ((torch.rand(case.B, case.H) < 0.7) / 0.75).to(dtype)
+        if op == "lstm":
+            inputs["peephole"] = torch.rand(3, case.H).to(dtype)
+            for name, rate in (("zoneout_h", 0.25), ("zoneout_c", 0.4)):
+                inputs[name] = rate if by_rate else torch.rand(case.T, case.B, case.H) < rate
+    return found
+
+
 def _keep_from_the_kink(draw: dict[str, Any]) -> None:
     """Draws rows of x anew until every argument of relu is so far from zero that nobody who keeps to the rule of
     fastseq.testing gives it another sign: twice as far as the reference in this dtype is ever off, and some rounding.

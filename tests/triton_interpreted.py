@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from recurrence_cases import CASES, Case, draws_for, draws_of, enlarge, inputs_of
+from recurrence_cases import CASES, Case, draws_for, draws_of, enlarge, inputs_of, with_options
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -206,18 +206,6 @@ def test_empty_batch() -> None:
         (grad,) = torch.autograd.grad(y.sum(), inputs["w_ih"])
     assert (y.shape, h_n.shape, c_n.shape) == ((3, 0, 5), (0, 5), (0, 5))
     assert torch.equal(grad, torch.zeros_like(grad))
-
-
-def with_options(case: Case, op: str, dtype: torch.dtype, by_rate: bool) -> list[dict[str, Any]]:
-    """Draws that use all options that the kernels serve: zoneout by rates, or by masks."""
-    found = draws_for(op, case, dtype)
-    for inputs in found:
-        inputs["h_mask"] = ((torch.rand(case.B, case.H) < 0.7) / 0.75).to(dtype)
-        if op == "lstm":
-            inputs["peephole"] = torch.rand(3, case.H).to(dtype)
-            for name, rate in (("zoneout_h", 0.25), ("zoneout_c", 0.4)):
-                inputs[name] = rate if by_rate else torch.rand(case.T, case.B, case.H) < rate
-    return found
 
 
 @pytest.mark.usefixtures("poison")

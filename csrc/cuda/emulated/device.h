@@ -22,6 +22,9 @@ int resident_blocks(void (*)(Params), const Grid&) {
 
 template <typename Params>
 void launch(void (*kernel)(Params), const Grid& grid, const Params& params, std::uintptr_t) {
+  if (emulated::launched_elsewhere(reinterpret_cast<const void*>(kernel), {grid.blocks, grid.cluster, grid.threads},
+                                   grid.shared_bytes, grid.cooperative, &params, sizeof(params)))
+    return;
   // Blocks that wait for each other run side by side, as those of a cluster do.
   const int together = grid.cooperative ? grid.blocks : grid.cluster;
   emulated::run(grid.blocks, together, grid.threads, grid.shared_bytes, [&] { kernel(params); });

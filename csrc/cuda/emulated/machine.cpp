@@ -1,6 +1,7 @@
 // The emulator: fibers, barriers as counters that fibers wait for, and what a schedule decides.
 #include "cuda/emulated/machine.h"
 
+#include <dlfcn.h>
 #include <sys/mman.h>
 #include <ucontext.h>
 
@@ -13,7 +14,10 @@
 #include <random>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
+
+#include "cuda/facts.h"
 
 namespace fastseq::cuda {
 namespace {
@@ -120,6 +124,7 @@ struct Cluster {
 
 std::uint64_t g_schedule = 0;
 std::mt19937_64 g_random;
+emulated::Launcher g_launcher;
 Cluster* g_cluster = nullptr;
 Fiber* g_fiber = nullptr;
 const std::function<void()>* g_kernel = nullptr;
@@ -224,6 +229,18 @@ namespace emulated {
 void set_schedule(std::uint64_t schedule) {
   g_schedule = schedule;
   g_random.seed(schedule);
+}
+
+void set_launcher(Launcher launcher) { g_launcher = std::move(launcher); }
+
+bool launched_elsewhere(const void* kernel, const std::array<int, 3>& sizes, std::size_t shared_bytes, bool cooperative,
+                        const void* params, std::size_t params_bytes) {
+  if (!g_launcher) return false;
+  Dl_info module{};
+  require(dladdr(kernel, &module) != 0, "a kernel is in no module");
+  const auto place = reinterpret_cast<std::uintptr_t>(kernel) - reinterpret_cast<std::uintptr_t>(module.dli_fbase);
+  g_launcher(place, sizes, shared_bytes, cooperative, {static_cast<const char*>(params), params_bytes});
+  return true;
 }
 
 void run(int blocks, int cluster, int threads, std::size_t shared_bytes, const std::function<void()>& kernel) {

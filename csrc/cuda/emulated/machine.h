@@ -4,6 +4,7 @@
 // for what never comes is an error.
 #pragma once
 
+#include <array>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -21,6 +22,10 @@ namespace fastseq::cuda::emulated {
 
 // Runs a kernel with `blocks` blocks in clusters of `cluster`.
 void run(int blocks, int cluster, int threads, std::size_t shared_bytes, const std::function<void()>& kernel);
+
+// Hands a launch to whom facts.h's set_launcher names; false where it names nobody.
+bool launched_elsewhere(const void* kernel, const std::array<int, 3>& blocks_cluster_threads, std::size_t shared_bytes,
+                        bool cooperative, const void* params, std::size_t params_bytes);
 
 // Which thread goes on when one has to wait, and when copies and stores for other blocks take effect. 0: the next one,
 // everything at once. 1: the one before, as late as is allowed. 2: always a thread of the first warp that can, so that

@@ -1,0 +1,160 @@
+"""The Triton kernels as Triton compiles them for a GPU, run in numpy (``ptx/``), against the float64 reference.
+
+Unlike in the interpreter there is bfloat16, the programs of a launch run side by side, and what orders their accesses
+is checked.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Any
+
+import pytest
+import torch
+from clustering_cases import Case as Points
+from clustering_cases import inputs_of as points_of
+from ptx import Fault
+from recurrence_cases import Case, draws_for, inputs_of, with_options
+
+pytest.importorskip("triton", reason="triton is not installed (it is optional)")
+
+from ptx.launches import compiled_launches
+
+from fastseq.kernels import plan
+from fastseq.testing import assert_matches_reference
+
+OPS = {"lstm": 4, "rnn": 1}
+TARGETS = ["sm_80", "sm_90", "sm_100"]
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+TILE: dict[str, Any] = {"BB": 16, "BH": 16}
+# Of the persistent ones several programs share the units, and two groups or one the batch.
+REGIMES: dict[str, dict[str, Any]] = {
+    "resident": {"regime": "resident"},
+    "persistent": {"regime": "persistent", "groups": 2, **TILE},
+    "persistent-streamed-flags": {"regime": "persistent", "groups": 1, "held": 0, "sync": "flags", **TILE},
+    "persistent-held-in-part": {"regime": "persistent", "groups": 1, "warps": 1, "KC": 16, "held": 1, **TILE},
+    "persistent-in-registers": {"regime": "persistent", "groups": 1, "warps": 2, "KC": 16, "held": 99, **TILE}
+    | {"registers": 2},
+    "step": {"regime": "step", **TILE},
+    "step-held": {"regime": "step", "BB": 32, "BH": 32, "held": 99, "KC": 16, "depth": 1},
+}
+# Edges of every tile, two or three of them along the units and the batch.
+CASE = Case(3, 33, 3, 38, time="lengths+reset")
+
+
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("regime", REGIMES)
+def test_every_regime_in_bfloat16(regime: str, op: str, seed: int) -> None:
+    """Of the quick tier each regime with all options by masks or by rates, in one direction."""
+    turn = list(REGIMES).index(regime) + list(OPS).index(op)
+    case = dataclasses.replace(CASE, reverse=turn % 2 == 1)
+    given = with_options(case, op, torch.bfloat16, by_rate=turn % 4 > 1)[:1]
+    with plan.override(**REGIMES[regime]), compiled_launches("sm_90", seed) as ran:
+        assert_matches_reference(op, given, implementation="triton", seed=seed)
+    assert len(ran) == 2 * (CASE.T if regime.startswith("step") else 1)
+
+
+@pytest.mark.full
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("regime", REGIMES)
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_regime(target: str, regime: str, op: str, dtype: torch.dtype, seed: int) -> None:
+    """With options and without, flags and none, in each direction, more units than the least tile of weights has."""
+    cases = [dataclasses.replace(CASE, H=70, reverse=op == "rnn"), Case(3, 17, 4, 45, reverse=op == "lstm", bias="ih")]
+    for case in cases:
+        for given in (
+            with_options(case, op, dtype, by_rate=regime.startswith("step")),
+            draws_for(op, case, dtype, nonlinearity="relu" if case.time else "sigmoid"),
+        ):
+            with plan.override(**REGIMES[regime]), compiled_launches(target, seed):
+                assert_matches_reference(op, given[:2], implementation="triton", seed=seed)
+
+
+CLUSTERING = (
+    "clustering_loss",
+    "clustering_loss(freq)",
+    "student_t_assignment",
+    "target_distribution",
+    "nearest_center",
+)
+# Sizes that fill no tile, and several tiles of each dimension; far from the origin, tight, of rows apart.
+POINTS = [
+    (Points(70, 12, 66, alpha=0.5), torch.float16),
+    (Points(70, 20, 35, kind="far"), torch.float32),
+    (Points(70, 66, 14, alpha=2, kind="tight", strided=True), torch.float32),
+    (Points(70, 20, 35), torch.bfloat16),
+    (Points(130, 34, 65, alpha=5), torch.bfloat16),
+]
+
+
+def check_points(op: str, case: Points, dtype: torch.dtype, target: str, seed: int) -> None:
+    name = op.partition("(")[0]
+    # A loss is one number, which the reference may have right by luck.
+    draws = [points_of(case, dtype, op) for _ in range(16 if name == "clustering_loss" else 4)]
+    with compiled_launches(target, seed):
+        assert_matches_reference(name, draws, implementation="triton", seed=seed)
+
+
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("op", CLUSTERING)
+def test_points_and_centres_in_bfloat16(op: str, seed: int) -> None:
+    check_points(op, *POINTS[3], "sm_90", seed)
+
+
+@pytest.mark.full
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(("case", "dtype"), POINTS, ids=str)
+@pytest.mark.parametrize("op", CLUSTERING)
+def test_points_and_centres(op: str, case: Points, dtype: torch.dtype, target: str, seed: int) -> None:
+    check_points(op, case, dtype, target, seed)
+
+
+# Regime; what is taken out of the compiled kernels (a pattern), and what takes its place; what is found.
+FAULTS: dict[str, tuple[str, str, str, str]] = {
+    "a counter that tells of no stores": ("persistent", r"\.release\.", ".relaxed.", "exchange: read at"),
+    "a counter that shows no stores": ("persistent", r"\.acquire\.", ".relaxed.", "exchange: read at"),
+    "flags that tell of no stores": ("persistent-streamed-flags", r"\.release\.", ".relaxed.", "exchange: read at"),
+    "flags that show no stores": ("persistent-streamed-flags", r"fence\.acq_rel\.gpu;", "", "exchange: read at"),
+    "threads that do not meet": ("persistent", r"bar\.sync[^;]*;", "", "shared memory of block .*: read at"),
+    "copies that nobody waits for": ("persistent-streamed-flags", r"cp\.async\.wait_group[^;]*;", "", "under way"),
+    "weights of another place": ("step", r"ldmatrix(\S*)\.trans", r"ldmatrix\1", "does not match"),
+    "stores beyond the last unit": ("step", r"@%p\d+ (st\.global)", r"\1", "c_state: |in no tensor"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_found(fault: str, seed: int) -> None:
+    regime, pattern, instead, found = FAULTS[fault]
+    spoilt = 0
+
+    def spoil(text: str) -> str:
+        nonlocal spoilt
+        text, count = re.subn(pattern, instead, text)
+        spoilt += count
+        return text
+
+    given = inputs_of(dataclasses.replace(CASE, time=""), 4, torch.bfloat16)
+    with (
+        plan.override(**REGIMES[regime]),
+        compiled_launches("sm_90", seed, spoil),
+        pytest.raises((Fault, AssertionError), match=found),
+    ):
+        assert_matches_reference("lstm", given, implementation="triton", seed=seed)
+    assert spoilt
+
+
+def test_programs_that_are_not_all_there(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Launched without the promise that all run at once, they may wait for ever."""
+    monkeypatch.setattr(plan.Plan, "cooperative", False)
+    given = inputs_of(CASE, 4, torch.bfloat16)
+    with (
+        plan.override(**REGIMES["persistent"]),
+        compiled_launches("sm_90", seed),
+        pytest.raises(Fault, match="no thread can go on"),
+    ):
+        assert_matches_reference("lstm", given, implementation="triton", seed=seed)
