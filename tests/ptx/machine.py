@@ -18,7 +18,7 @@ from ptx.threads import LANES, Lanes, Threads, reader
 
 #: Instructions that a block does before another has its turn; fewer where it asks for what another one tells.
 TURN = 2000
-#: Turns of all blocks without anything that another could have waited for.
+#: Turns of all blocks without anything that another block could have waited for.
 PATIENCE = 3000
 #: Where a block's shared memory begins, and where that of the cluster's blocks does, by their rank.
 _SHARED, _WINDOW = 1024, 1 << 24
@@ -167,7 +167,8 @@ class Block(Threads):
         """Stores ``values [n, each]`` bytes."""
         for region, at, part in self._regions(space, addresses):
             region.store(part, values[at], warps[at], None if seen is None else seen[at])
-        self.machine.progress += 1
+            if region is not self.shared:
+                self.machine.progress += 1
 
     def shared_load(self, addresses: np.ndarray, each: int, warps: np.ndarray) -> np.ndarray:
         """Of the block's own shared memory."""
@@ -333,7 +334,6 @@ class Block(Threads):
         if arrived == (self.alive if count is None else count):
             del self.barriers[number]
             self.machine.clocks.meet(np.unique(np.concatenate([self.warp[threads] for _, threads in waiting])))
-            self.machine.progress += 1
             for place, threads in waiting:
                 self.add(place, threads)
 
