@@ -22,7 +22,7 @@ TURN = 2000
 PATIENCE = 3000
 #: Where a block's shared memory begins, and where that of the cluster's blocks does, by their rank.
 _SHARED, _WINDOW = 1024, 1 << 24
-#: How often a barrier of the copy engine is asked before the copies come.
+#: How often a barrier of the copy engine is asked in vain before the copies come.
 _LATE = 2
 
 
@@ -40,15 +40,15 @@ class Grid:
 
 @dataclass
 class CopyBarrier:
-    """A barrier in shared memory for arrivals and bytes."""
+    """A barrier in shared memory for arrivals and bytes. Each of ``copies`` makes a copy when it is called, and returns
+    its bytes and what it passes on."""
 
     expected: int
-    clocks: int
     phase: int = 0
     arrived: int = 0
     missing: int = 0
     asked: int = 0
-    copies: list[Callable[[], int]] = field(default_factory=list)
+    copies: list[Callable[[], tuple[int, np.ndarray]]] = field(default_factory=list)
     seen: np.ndarray | None = None
     before: np.ndarray | None = None
 
@@ -56,24 +56,27 @@ class CopyBarrier:
         """One arrival, which tells of bytes to come."""
         self.missing += length
         self.arrived += 1
-        self.seen = seen if self.seen is None else np.maximum(self.seen, seen)
+        self._tell(seen)
         self._open()
 
-    def passed(self, parity: int, block: Block, warp: int) -> bool:
-        """Whether the phase of that parity has ended; late copies are made when they have been waited for."""
-        if self.phase % 2 == parity:
-            self.asked += 1
-            if self.asked >= _LATE and self.copies:
-                for finish in self.copies:
-                    self.missing -= finish()
-                self.copies.clear()
-                block.machine.progress += 1
-                self._open()
-        if self.phase % 2 == parity:
+    def ask(self, parity: int) -> bool:
+        """Somebody asks for the end of the phase of that parity; the late copies come after some times. Whether they
+        came."""
+        if self.phase % 2 != parity:
             return False
-        if self.before is not None:
-            block.machine.clocks.acquire(warp, self.before)
+        self.asked += 1
+        if self.asked <= _LATE or not self.copies:
+            return False
+        for finish in self.copies:
+            length, passed = finish()
+            self.missing -= length
+            self._tell(passed)
+        self.copies.clear()
+        self._open()
         return True
+
+    def _tell(self, seen: np.ndarray) -> None:
+        self.seen = seen if self.seen is None else np.maximum(self.seen, seen)
 
     def _open(self) -> None:
         if self.arrived == self.expected and self.missing == 0:
@@ -119,6 +122,7 @@ class Block(Threads):
         self.machine, self.cluster, self.rank, self.number = machine, cluster, rank, number
         warps = -(-size // LANES)
         self.warp = self.warp + number * warps
+        self.engine = machine.warps + number  # the copy engine counts as a warp
         memory = np.full(grid.shared, 0xFF, np.uint8)
         self.shared = Region(f"shared memory of block {number}", self.base, memory, number * warps, warps)
         self.parameters = machine.parameters
@@ -184,13 +188,24 @@ class Block(Threads):
 
     def new_copy_barrier(self, place: int, expected: int) -> None:
         """A barrier of the copy engine there."""
-        self.copy_barriers[place] = CopyBarrier(expected, len(self.machine.clocks.seen))
+        self.copy_barriers[place] = CopyBarrier(expected)
 
     def copy_barrier(self, place: int) -> CopyBarrier:
         """The barrier of the copy engine that was made there."""
         if place not in self.copy_barriers:
             raise Fault(f"no barrier was made at {place}")
         return self.copy_barriers[place]
+
+    def wait_copy_barrier(self, place: int, parity: int, warps: np.ndarray) -> bool:
+        """Whether the phase of that parity has ended, after which these warps have seen what came before its end."""
+        barrier, machine = self.copy_barrier(place), self.machine
+        if barrier.phase % 2 == parity:
+            machine.progress += barrier.ask(parity)
+            return False
+        if barrier.before is not None:
+            for warp in warps:
+                machine.clocks.acquire(int(warp), barrier.before)
+        return True
 
     def commit_copies(self, lanes: Lanes) -> None:
         """The copies since the last time are one batch."""
@@ -409,9 +424,11 @@ class Machine:
         self.program, self.grid = program, grid
         self.parameters = np.frombuffer(parameters, np.uint8)
         count = int(np.prod(grid.blocks))
-        warps = count * -(-grid.threads // LANES)
-        self.clocks = Clocks(warps)
-        self.memory = Memory([Region(name, base, data, 0, warps) for name, (base, data) in memories.items()])
+        self.warps = count * -(-grid.threads // LANES)
+        self.clocks = Clocks(self.warps + count)
+        self.memory = Memory(
+            [Region(name, base, data, 0, self.warps + count) for name, (base, data) in memories.items()]
+        )
         self.code = [_decoded(instruction) for instruction in program.instructions]
         self.released: dict[int, np.ndarray] = {}
         self.listened: dict[int, np.ndarray] = {}

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ptx.clocks import Clocks
 from ptx.memory import Fault
 from ptx.program import Instruction, Operand, Several
 from ptx.threads import TYPES, Lanes, address, reader, writer
@@ -152,22 +151,22 @@ def _bulk_copy(instruction: Instruction) -> Run:
             if length % 16 or target % 16 or origin % 16:
                 raise Fault(f"{instruction.text}: addresses and bytes are not multiples of 16")
             # What this warp knows now is what the engine goes by.
-            block.copy_barrier(int(place)).copies.append(
-                _engine(block, int(target), int(origin), int(length), int(warp), block.machine.clocks.release(warp))
-            )
+            passed = block.machine.clocks.release(warp)
+            block.copy_barrier(int(place)).copies.append(_engine(block, int(target), int(origin), int(length), passed))
 
     return run
 
 
-def _engine(block: Block, target: int, origin: int, length: int, warp: int, seen: np.ndarray) -> Callable[[], int]:
-    def finish() -> int:
-        steps = np.arange(0, length, 16)
-        warps = np.full(len(steps), warp)
-        known = Clocks(0)
-        known.seen = np.broadcast_to(seen, (warp + 1, len(seen)))
-        values = block.read("global", origin + steps, 16, warps, known)
-        block.write("shared", target + steps, values, warps, np.broadcast_to(seen, (len(steps), len(seen))))
-        return length
+def _engine(
+    block: Block, target: int, origin: int, length: int, seen: np.ndarray
+) -> Callable[[], tuple[int, np.ndarray]]:
+    def finish() -> tuple[int, np.ndarray]:
+        clocks, steps = block.machine.clocks, np.arange(0, length, 16)
+        warps = np.full(len(steps), block.engine)
+        clocks.acquire(block.engine, seen)
+        values = block.read("global", origin + steps, 16, warps, clocks)
+        block.write("shared", target + steps, values, warps, clocks.seen[warps])
+        return length, clocks.release(block.engine)
 
     return finish
 
@@ -201,13 +200,13 @@ def barrier(instruction: Instruction) -> Run:
         write, at, parity = writer(done, np.bool_), address(place), reader(number, np.uint32)
 
         def wait(block: Block, lanes: Lanes) -> None:
-            wanted = np.broadcast_to(parity(block, lanes), block.size(lanes))
-            rows = zip(at(block, lanes), wanted, block.warps_of(lanes), strict=True)
-            passed = [
-                block.copy_barrier(int(where)).passed(int(which), block, int(warp)) for where, which, warp in rows
-            ]
-            write(block, lanes, np.array(passed))
-            if not all(passed):
+            size, warps, places = block.size(lanes), block.warps_of(lanes), at(block, lanes)
+            wanted, passed = np.broadcast_to(parity(block, lanes), size), np.empty(size, np.bool_)
+            for where, which in {(int(w), int(p)) for w, p in zip(places, wanted, strict=True)}:
+                those = (places == where) & (wanted == which)
+                passed[those] = block.wait_copy_barrier(where, which, np.unique(warps[those]))
+            write(block, lanes, passed)
+            if not passed.all():
                 block.yields = True
 
         return wait
