@@ -72,6 +72,8 @@ class Region:
             if with_write.any() and (self.data[where] != values).any():
                 raise Fault(f"{self.name}: written at {places[with_write][0] * GRAIN} by two warps at once")
         self.data[where] = values
+        if seen is not None and (self.data[where] != values).any():
+            raise Fault(f"{self.name}: written by two threads of one instruction, not the same")
 
 
 def _places(offsets: np.ndarray, each: int, warps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
