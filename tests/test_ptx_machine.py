@@ -38,7 +38,9 @@ def execute(body: str, given: np.ndarray, made: np.ndarray, seed: int = 0, **lau
     """A kernel of two tensors: %rd1 and %rd2 are their addresses, %r1 and %r2 thread and block, %r3 shared memory and
     %r4 a word there for each thread."""
     grid = Grid(**({"blocks": (1, 1, 1), "threads": 32, "shared": 4096} | launch))
-    memories = {name: (data.ctypes.data, data.reshape(-1).view(np.uint8)) for name, data in (("given", given), ("made", made))}
+    memories = {
+        name: (data.ctypes.data, data.reshape(-1).view(np.uint8)) for name, data in (("given", given), ("made", made))
+    }
     parameters = struct.pack("<QQ", given.ctypes.data, made.ctypes.data)
     run(parse(HEAD + body + "\nret;\n}\n", "test"), grid, parameters, memories, seed)
 
