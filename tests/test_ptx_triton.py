@@ -21,7 +21,7 @@ pytest.importorskip("triton", reason="triton is not installed (it is optional)")
 
 from ptx.launches import compiled_launches
 
-from fastseq.kernels import plan
+from fastseq.kernels import lstm, plan, rnn
 from fastseq.testing import assert_matches_reference
 
 OPS = {"lstm": 4, "rnn": 1}
@@ -63,15 +63,28 @@ def test_every_regime_in_bfloat16(regime: str, op: str, seed: int) -> None:
 @pytest.mark.parametrize("regime", REGIMES)
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_regime(target: str, regime: str, op: str, dtype: torch.dtype, seed: int) -> None:
-    """With options and without, flags and none, in each direction, more units than the least tile of weights has."""
-    cases = [dataclasses.replace(CASE, H=70, reverse=op == "rnn"), Case(3, 17, 4, 45, reverse=op == "lstm", bias="ih")]
-    for case in cases:
-        for given in (
-            with_options(case, op, dtype, by_rate=regime.startswith("step")),
-            draws_for(op, case, dtype, nonlinearity="relu" if case.time else "sigmoid"),
-        ):
-            with plan.override(**REGIMES[regime]), compiled_launches(target, seed):
-                assert_matches_reference(op, given[:2], implementation="triton", seed=seed)
+    """With all options and without any, with flags and none, in either direction; units of three tiles of weights."""
+    case = dataclasses.replace(CASE, H=70, reverse=op == "rnn")
+    plain = Case(3, 17, 4, 45, reverse=op == "lstm", bias="ih")
+    for given in (
+        with_options(case, op, dtype, by_rate=regime.startswith("step")),
+        draws_for(op, plain, dtype, nonlinearity="relu" if dtype == torch.float16 else "sigmoid"),
+    ):
+        with plan.override(**REGIMES[regime]), compiled_launches(target, seed):
+            assert_matches_reference(op, given[:2], implementation="triton", seed=seed)
+
+
+@pytest.mark.full
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("case", [Case(3, 16, 8, 256), Case(2, 5, 4, 650, time="reset")], ids=str)
+def test_plans_of_an_h100(case: Case, op: str, dtype: torch.dtype, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What would be launched there: as many programs as it can hold, and the tiles that go with it."""
+    for module in (lstm, rnn):
+        monkeypatch.setattr(module, "chip_of", lambda _: plan.H100)
+    with compiled_launches("sm_90", seed):
+        assert_matches_reference(op, inputs_of(case, OPS[op], dtype), implementation="triton", seed=seed)
 
 
 CLUSTERING = (
