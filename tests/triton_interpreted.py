@@ -2,7 +2,7 @@
 
 Not collected by itself: ``test_triton_interpreter.py`` runs it in a process of its own, where TRITON_INTERPRET=1 was
 set before triton was imported. The interpreter runs the programs of a launch one after the other, so where they would
-wait for each other there is one of them, or one step. Its bfloat16 is wrong, so bfloat16 is compiled only.
+wait for each other there is one of them, or one step. Its bfloat16 is wrong: see ``test_ptx_triton.py``.
 """
 
 from __future__ import annotations
