@@ -7,6 +7,7 @@ is checked.
 from __future__ import annotations
 
 import dataclasses
+import random
 import re
 from typing import Any
 
@@ -85,6 +86,32 @@ def test_plans_of_an_h100(case: Case, op: str, dtype: torch.dtype, seed: int, mo
         monkeypatch.setattr(module, "chip_of", lambda _: plan.H100)
     with compiled_launches("sm_90", seed):
         assert_matches_reference(op, inputs_of(case, OPS[op], dtype), implementation="triton", seed=seed)
+
+
+@pytest.mark.full
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("capability", [8, 9, 10])
+def test_random_shapes_on_random_chips(capability: int, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """GPUs of few multiprocessors with little or much memory, so that small layers are planned as large ones are."""
+    draw = random.Random(seed)
+    for _ in range(16):
+        op, dtype = draw.choice(list(OPS)), draw.choice(DTYPES)
+        chip = plan.Chip(draw.choice([1, 2, 3, 5, 8, 16]), draw.choice([16, 24, 40, 64, 227]) * 1024, capability)
+        time = draw.choice(["", "lengths", "reset", "lengths+reset"])
+        H = draw.choice([draw.randint(1, 40), draw.randint(30, 140), draw.randint(100, 200)])
+        sizes = draw.randint(1, 4), draw.randint(1, 40), draw.randint(1, 20), H
+        case = Case(*sizes, reverse=draw.random() < 0.5, time=time)
+        fields: dict[str, Any] = {"sync": draw.choice(plan.SYNCS)}
+        fields |= {"precision": draw.choice(["ieee", "tf32x3"])} if dtype == torch.float32 else {}
+        for module in (lstm, rnn):
+            monkeypatch.setattr(module, "chip_of", lambda _, chip=chip: chip)
+        given = with_options(case, op, dtype, True) if draw.random() < 0.5 else draws_for(op, case, dtype)
+        try:
+            with plan.override(**fields), compiled_launches(f"sm_{10 * capability}", seed):
+                few = given[: 1 if case.B * H > 200 else None]
+                assert_matches_reference(op, few, implementation="triton", seed=seed)
+        except (AssertionError, Fault) as error:
+            raise AssertionError(f"{op} {case} {dtype} {chip} {fields}: {error}") from None
 
 
 CLUSTERING = (
