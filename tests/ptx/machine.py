@@ -166,11 +166,11 @@ class Block(Threads):
         return found
 
     def write(
-        self, space: str, addresses: np.ndarray, values: np.ndarray, warps: np.ndarray, seen: np.ndarray | None
+        self, space: str, addresses: np.ndarray, values: np.ndarray, warps: np.ndarray, clocks: Clocks | None
     ) -> None:
         """Stores ``values [n, each]`` bytes."""
         for region, at, part in self._regions(space, addresses):
-            region.store(part, values[at], warps[at], None if seen is None else seen[at])
+            region.store(part, values[at], warps[at], clocks)
             if region is not self.shared:
                 self.machine.progress += 1
 
@@ -180,7 +180,7 @@ class Block(Threads):
 
     def shared_store(self, addresses: np.ndarray, values: np.ndarray, warps: np.ndarray) -> None:
         """Into the block's own shared memory."""
-        self.write("shared", addresses, values, warps, self.machine.clocks.seen[warps])
+        self.write("shared", addresses, values, warps, self.machine.clocks)
 
     def remote(self, addresses: np.ndarray, ranks: np.ndarray) -> np.ndarray:
         """The addresses of the same places in the shared memory of other blocks of the cluster."""

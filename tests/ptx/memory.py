@@ -42,7 +42,7 @@ class Region:
         offsets = self._rows(addresses, each)
         if clocks is not None:
             places, who = _places(offsets, each, warps)
-            races = self.accesses.by_reading(places, who, clocks.seen[who])
+            races = self.accesses.by_reading(places, who, clocks.seen)
             if races.any():
                 raise Fault(f"{self.name}: read at {places[races][0] * GRAIN} while another warp may be writing it")
         return self.data[offsets[:, None] + np.arange(each)]
@@ -57,22 +57,22 @@ class Region:
         addresses: np.ndarray,
         values: np.ndarray,
         warps: np.ndarray,
-        seen: np.ndarray | None,
+        clocks: Clocks | None,
     ) -> None:
-        """``values [n, each]`` bytes; ``seen [n, warps]`` is what each knows, None as in :meth:`load`."""
+        """``values [n, each]`` bytes; ``clocks`` as in :meth:`load`."""
         each = values.shape[1]
         offsets = self._rows(addresses, each)
         where = offsets[:, None] + np.arange(each)
-        if seen is not None:
+        if clocks is not None:
             places, who = _places(offsets, each, warps)
-            with_write, with_read = self.accesses.by_writing(places, who, np.repeat(seen, len(who) // len(warps), 0))
+            with_write, with_read = self.accesses.by_writing(places, who, clocks.seen)
             if with_read.any():
                 raise Fault(f"{self.name}: written at {places[with_read][0] * GRAIN} while another warp may be reading")
             # Warps that hold the same tile may all write the same.
             if with_write.any() and (self.data[where] != values).any():
                 raise Fault(f"{self.name}: written at {places[with_write][0] * GRAIN} by two warps at once")
         self.data[where] = values
-        if seen is not None and (self.data[where] != values).any():
+        if clocks is not None and (self.data[where] != values).any():
             raise Fault(f"{self.name}: written by two threads of one instruction, not the same")
 
 

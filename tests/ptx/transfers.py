@@ -73,7 +73,7 @@ def store(instruction: Instruction) -> Run:
         if strong:
             for where, warp in zip(at, warps, strict=True):
                 block.machine.tell(int(where), int(warp), release=instruction.has("release"), keep=False)
-        block.write(space, at, values.view(np.uint8), warps, None if strong else clocks.seen[warps])
+        block.write(space, at, values.view(np.uint8), warps, None if strong else clocks)
 
     return run
 
@@ -130,7 +130,7 @@ def copy(instruction: Instruction) -> Run:
                 values[chosen, :length] = block.read(
                     "global", sources[chosen], int(length), warps[chosen], block.machine.clocks
                 )
-            block.write("shared", targets, values, warps, block.machine.clocks.seen[warps])
+            block.write("shared", targets, values, warps, block.machine.clocks)
 
         block.copies.append(finish)
 
@@ -165,7 +165,7 @@ def _engine(
         warps = np.full(len(steps), block.engine)
         clocks.acquire(block.engine, seen)
         values = block.read("global", origin + steps, 16, warps, clocks)
-        block.write("shared", target + steps, values, warps, clocks.seen[warps])
+        block.write("shared", target + steps, values, warps, clocks)
         return length, clocks.release(block.engine)
 
     return finish
