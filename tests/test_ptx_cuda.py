@@ -15,7 +15,7 @@ import cuda_build
 import pytest
 import torch
 from cuda_support import COMPILER, emulated, emulator, needs_launchers
-from ptx import Fault
+from ptx import Fault, Traffic
 from recurrence_cases import Case, draws_for, inputs_of
 
 from fastseq.cuda import plan
@@ -33,12 +33,20 @@ BUILDS = range(6)
 QUICK_BUILDS = [2, 5]
 
 
-def check(op: str, given: Any, target: str, seed: int, spoil: Callable[[str], str] | None = None, **fields: Any) -> int:
+def check(
+    op: str,
+    given: Any,
+    target: str,
+    seed: int,
+    spoil: Callable[[str], str] | None = None,
+    traffic: Traffic | None = None,
+    **fields: Any,
+) -> int:
     """How many launches it were."""
     from ptx.cuda_launches import compiled_kernels
 
     module = emulator()
-    with emulated(0, module), plan.override(**fields), compiled_kernels(module, target, seed, spoil) as ran:
+    with emulated(0, module), plan.override(**fields), compiled_kernels(module, target, seed, spoil, traffic) as ran:
         assert_matches_reference(op, given, implementation="cuda", seed=seed)
     return len(ran)
 
@@ -106,6 +114,15 @@ def test_corners_of_the_grid(groups: int, dtype: torch.dtype, target: str, seed:
 def test_cells_of_other_targets(op: str, target: str, seed: int) -> None:
     for dtype in (torch.float32, *HALVES):
         check(op, draws_for(op, Case(4, 17, 3, 40, time="lengths+reset"), dtype), target, seed, regime="cell")
+
+
+@pytest.mark.parametrize("fields", [{"regime": "cluster", "build": 0}, {"regime": "cluster", "build": 5}], ids=str)
+def test_no_bank_conflicts(fields: dict[str, Any], seed: int) -> None:
+    """No warp reads or writes shared memory in more turns than its words fill the banks."""
+    traffic = Traffic()
+    check("lstm", inputs_of(Case(3, 11, 3, 256), 4, torch.bfloat16), "sm_90a", seed, traffic=traffic, **fields)
+    assert traffic.total().fewest > 1000
+    assert not traffic.conflicts()
 
 
 CLUSTER, GRID = {"regime": "cluster", "build": 2}, {"regime": "grid", "build": 1}

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ptx import Fault, Grid, parse, run
+from ptx import Fault, Grid, Traffic, parse, run
 from ptx.program import kernels
 
 HEAD = """
@@ -34,7 +34,9 @@ HEAD = """
 """
 
 
-def execute(body: str, given: np.ndarray, made: np.ndarray, seed: int = 0, **launch: Any) -> None:
+def execute(
+    body: str, given: np.ndarray, made: np.ndarray, seed: int = 0, traffic: Traffic | None = None, **launch: Any
+) -> None:
     """A kernel of two tensors: %rd1 and %rd2 are their addresses, %r1 and %r2 thread and block, %r3 shared memory and
     %r4 a word there for each thread."""
     grid = Grid(**({"blocks": (1, 1, 1), "threads": 32, "shared": 4096} | launch))
@@ -42,7 +44,7 @@ def execute(body: str, given: np.ndarray, made: np.ndarray, seed: int = 0, **lau
         name: (data.ctypes.data, data.reshape(-1).view(np.uint8)) for name, data in (("given", given), ("made", made))
     }
     parameters = struct.pack("<QQ", given.ctypes.data, made.ctypes.data)
-    run(parse(HEAD + body + "\nret;\n}\n", "test"), grid, parameters, memories, seed)
+    run(parse(HEAD + body + "\nret;\n}\n", "test"), grid, parameters, memories, seed, traffic)
 
 
 def single(instruction: str, *operands: int) -> int:
@@ -78,6 +80,10 @@ NAN = bits(float("nan"))
         ("prmt.b32 %r20, %r10, %r11, 0x7610;", (0x33221100, 0x77665544), 0x77661100),
         ("prmt.b32 %r20, %r10, %r11, 0x9;", (0x8000, 0), 0xFF),
         ("min.f32 %r20, %r10, %r11;", (NAN, bits(2)), bits(2)),
+        ("max.f32 %r20, %r10, %r11, %r12;", (bits(-1), NAN, bits(3)), bits(3)),
+        ("mov.b64 %rd4, {%r10, %r11}; sub.f32x2 %rd4, %rd4, %rd4; mov.b64 {%r20, %r21}, %rd4;", (bits(3), NAN), 0),
+        ("mov.pred %p1, -1; mov.pred %p2, 1; xor.pred %p3, %p1, %p2; selp.b32 %r20, 5, 6, %p3;", (), 6),
+        ("cvt.u16.u32 %rs1, %r10; add.rn.f32.bf16 %r20, %rs1, %r11;", (0x3F80, bits(0.25)), bits(1.25)),
         ("copysign.f32 %r20, %r10, %r11;", (bits(-3), bits(5)), bits(-5)),
         ("fma.rn.f32 %r20, %r10, %r11, %r12;", (bits(1 + 2**-12), bits(1 - 2**-12), bits(-1)), bits(-(2.0**-24))),
         ("div.full.f32 %r20, %r10, %r11;", (bits(1), bits(4)), bits(0.25)),
@@ -230,6 +236,28 @@ def test_the_copy_engine() -> None:
         execute(COPY.format(bytes=272, again="@!%p2 bra wait;"), given, made, threads=64)
     with pytest.raises(Fault, match="copies are under way"):
         execute(COPY.format(bytes=256, again=""), given, made, threads=64)
+
+
+@pytest.mark.parametrize(
+    ("shift", "access", "taken", "fewest"),
+    [
+        (2, "ld.shared.u32 %r10, [%r5];", 1, 1),
+        (3, "ld.shared.u32 %r10, [%r5];", 2, 1),
+        (7, "st.shared.u32 [%r5], %r1;", 32, 1),
+        (0, "ld.shared.u8 %rs1, [%r5];", 1, 1),
+        (4, "ld.shared.v4.u32 {%r10, %r11, %r12, %r13}, [%r5];", 4, 4),
+        (7, "ld.shared.v4.u32 {%r10, %r11, %r12, %r13}, [%r5];", 32, 4),
+        (4, "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%r10, %r11, %r12, %r13}, [%r5];", 4, 4),
+        (5, "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%r10, %r11, %r12, %r13}, [%r5];", 8, 4),
+    ],
+)
+def test_bank_conflicts(shift: int, access: str, taken: int, fewest: int) -> None:
+    """Of a warp whose threads go a power of two of bytes from one to the next."""
+    traffic = Traffic()
+    body = f"shl.b32 %r5, %r1, {shift}; add.s32 %r5, %r5, %r3; {access}"
+    execute(body, np.zeros(1, np.uint32), np.zeros(1, np.uint32), traffic=traffic)
+    assert (traffic.total().taken, traffic.total().fewest) == (taken, fewest)
+    assert len(traffic.conflicts()) == (taken > fewest)
 
 
 def test_an_unknown_instruction_is_refused() -> None:

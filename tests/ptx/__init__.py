@@ -9,13 +9,14 @@ numbers it checks what a GPU would not tell:
 - lanes of a warp come together where an instruction needs all of them; no barrier waits for ever;
 - blocks that are not launched together do not wait for each other.
 
-Asynchronous copies come as late as they may. It takes the instructions that the kernels use and refuses others. It
-says nothing about speed, and what ptxas makes of the PTX it does not see.
+Asynchronous copies come as late as they may. It counts bank conflicts (``traffic.py``). It takes the instructions that
+the kernels use and refuses others. It says nothing about speed, and what ptxas makes of the PTX it does not see.
 
 Source: NVIDIA, Parallel Thread Execution ISA, version 9.0.
 """
 
 from ptx.machine import Fault, Grid, run
 from ptx.program import Program, parse
+from ptx.traffic import Traffic
 
-__all__ = ["Fault", "Grid", "Program", "parse", "run"]
+__all__ = ["Fault", "Grid", "Program", "Traffic", "parse", "run"]

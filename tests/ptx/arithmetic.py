@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -118,6 +119,10 @@ _SIMPLE: dict[str, Callable[..., Any]] = {
 }
 
 
+def _folded(function: Callable[[Any, Any], Any]) -> Callable[..., Any]:
+    return lambda *values: reduce(function, values)
+
+
 def simple(instruction: Instruction) -> Run:
     """What is one function of operands of one type."""
     *how, kind = instruction.modifiers
@@ -131,8 +136,8 @@ def simple(instruction: Instruction) -> Run:
         approximate = instruction.has("approx")
         function = _divide_approximately if approximate else (lambda a, b: a / b) if floating else _divide
     elif name in ("min", "max"):
-        plain, kind_less = (np.minimum, np.fmin) if name == "min" else (np.maximum, np.fmax)
-        function = kind_less if floating else plain
+        plain, number = (np.minimum, np.fmin) if name == "min" else (np.maximum, np.fmax)
+        function = _folded(number if floating else plain)  # newer GPUs take three
     else:
         function = _SIMPLE[name]
     return _elementwise(instruction, kind, function)

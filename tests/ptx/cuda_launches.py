@@ -25,6 +25,7 @@ from fastseq.cuda import lstm, rnn, steps
 from ptx.launches import Spoil, memory_of, program
 from ptx.machine import Grid, run
 from ptx.program import kernels
+from ptx.traffic import Traffic
 
 FOLDER = Path(__file__).resolve().parents[2] / "build" / "ptx"
 
@@ -60,7 +61,7 @@ def _names(module: str) -> dict[int, str]:
 
 @contextlib.contextmanager
 def compiled_kernels(
-    module: ModuleType, target: str, seed: int = 0, spoil: Spoil | None = None
+    module: ModuleType, target: str, seed: int = 0, spoil: Spoil | None = None, traffic: Traffic | None = None
 ) -> Iterator[list[tuple[str, Grid]]]:
     """Inside the ``with`` block the launches of an emulator run as compiled for a target; yields which they were."""
     ran: list[tuple[str, Grid]] = []
@@ -82,7 +83,7 @@ def compiled_kernels(
         grid = Grid((blocks, 1, 1), threads, shared, cluster, cooperative)
         memories = {f"tensor at {base:#x}": memory for base, memory in known.items()}
         text = _compiled(target)[name]
-        run(program(spoil(text) if spoil else text, name), grid, parameters, memories, seed + len(ran))
+        run(program(spoil(text) if spoil else text, name), grid, parameters, memories, seed + len(ran), traffic)
         ran.append((name, grid))
 
     row: Any = steps.row

@@ -17,6 +17,7 @@ from fastseq.kernels.launch import Launch
 from fastseq.ops import dispatch
 from ptx.machine import Grid, run
 from ptx.program import Program, parse
+from ptx.traffic import Traffic
 
 #: Changes the text of a kernel before it runs.
 Spoil = Callable[[str], str]
@@ -36,13 +37,15 @@ def memory_of(tensor: Tensor) -> tuple[int, np.ndarray]:
 
 
 @contextlib.contextmanager
-def compiled_launches(target: str, seed: int = 0, spoil: Spoil | None = None) -> Iterator[list[str]]:
+def compiled_launches(
+    target: str, seed: int = 0, spoil: Spoil | None = None, traffic: Traffic | None = None
+) -> Iterator[list[str]]:
     """Inside the ``with`` block the implementation ``triton`` serves CPU tensors, by kernels compiled for one of
     :data:`fastseq.kernels.ahead.TARGETS`; yields which were run."""
     ran: list[str] = []
 
     def run_one(launch: Launch) -> None:
-        run_launch(launch, target, seed + len(ran), spoil)
+        run_launch(launch, target, seed + len(ran), spoil, traffic)
         ran.append(launch.kernel.fn.__name__)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -51,7 +54,7 @@ def compiled_launches(target: str, seed: int = 0, spoil: Spoil | None = None) ->
         yield ran
 
 
-def run_launch(launch: Launch, target: str, seed: int, spoil: Spoil | None = None) -> None:
+def run_launch(launch: Launch, target: str, seed: int, spoil: Spoil | None, traffic: Traffic | None) -> None:
     """Compiles a launch on CPU tensors and runs it."""
     compiled = compiled_ahead(launch, target)
     parameters = b""

@@ -15,6 +15,7 @@ from ptx.clocks import Clocks
 from ptx.memory import Fault, Memory, Region
 from ptx.program import Immediate, Instruction, Program, Symbol
 from ptx.threads import LANES, Lanes, Threads, reader
+from ptx.traffic import Traffic
 
 #: Instructions that a block does before another has its turn; fewer where it asks for what another one tells.
 TURN = 2000
@@ -136,6 +137,7 @@ class Block(Threads):
         self.committed: list[list[Callable[[], None]]] = []
         self.alive = size
         self.yields = False
+        self.place = 0  # of the instruction that is done now
 
     # What instructions ask for.
 
@@ -160,6 +162,7 @@ class Block(Threads):
         self, space: str, addresses: np.ndarray, each: int, warps: np.ndarray, clocks: Clocks | None
     ) -> np.ndarray:
         """``[n, each]`` bytes of a memory."""
+        self._count(space, addresses, each, warps)
         found = np.empty((len(addresses), each), np.uint8)
         for region, at, part in self._regions(space, addresses):
             found[at] = region.load(part, each, warps[at], clocks)
@@ -169,10 +172,16 @@ class Block(Threads):
         self, space: str, addresses: np.ndarray, values: np.ndarray, warps: np.ndarray, clocks: Clocks | None
     ) -> None:
         """Stores ``values [n, each]`` bytes."""
+        self._count(space, addresses, values.shape[1], warps)
         for region, at, part in self._regions(space, addresses):
             region.store(part, values[at], warps[at], clocks)
             if region is not self.shared:
                 self.machine.progress += 1
+
+    def _count(self, space: str, addresses: np.ndarray, each: int, warps: np.ndarray) -> None:
+        traffic, program = self.machine.traffic, self.machine.program
+        if traffic is not None and space == "shared" and self.number < traffic.blocks:
+            traffic.note(program.name, program.instructions[self.place].text, addresses % _WINDOW, each, warps)
 
     def shared_load(self, addresses: np.ndarray, each: int, warps: np.ndarray) -> np.ndarray:
         """Of the block's own shared memory."""
@@ -260,6 +269,7 @@ class Block(Threads):
                 self.add(place, threads)
                 return done
             kind, run, guard = code[place]
+            self.place = place
             done += 1
             active, mask = lanes, None
             if guard is not None:
@@ -419,9 +429,15 @@ class Machine:
     """One launch."""
 
     def __init__(
-        self, program: Program, grid: Grid, parameters: bytes, memories: Mapping[str, tuple[int, np.ndarray]], seed: int
+        self,
+        program: Program,
+        grid: Grid,
+        parameters: bytes,
+        memories: Mapping[str, tuple[int, np.ndarray]],
+        seed: int,
+        traffic: Traffic | None,
     ) -> None:
-        self.program, self.grid = program, grid
+        self.program, self.grid, self.traffic = program, grid, traffic
         self.parameters = np.frombuffer(parameters, np.uint8)
         count = int(np.prod(grid.blocks))
         self.warps = count * -(-grid.threads // LANES)
@@ -511,11 +527,13 @@ def run(
     parameters: bytes,
     memories: Mapping[str, tuple[int, np.ndarray]],
     seed: int = 0,
+    traffic: Traffic | None = None,
 ) -> None:
-    """Runs one launch. ``memories`` are the tensors by name: address and bytes; the seed chooses whose turn it is.
+    """Runs one launch. ``memories`` are the tensors by name: address and bytes; the seed chooses whose turn it is, and
+    ``traffic`` takes note of what is asked of shared memory.
 
     Raises:
         Fault: the kernel does what it must not.
         ValueError: it has an instruction that is not known here.
     """
-    Machine(program, grid, parameters, memories, seed).run()
+    Machine(program, grid, parameters, memories, seed, traffic).run()

@@ -69,6 +69,8 @@ class Threads:
 
 def constant(value: int, dtype: Any) -> Any:
     """A number as the operand of an instruction of that type; of floating-point numbers it is the bits."""
+    if dtype is np.bool_:
+        return np.array(value != 0)
     wide = np.dtype(dtype).itemsize
     return np.array(value & ((1 << 8 * wide) - 1), np.uint64).astype(UNSIGNED[wide]).view(dtype)
 
