@@ -116,7 +116,16 @@ def test_cells_of_other_targets(op: str, target: str, seed: int) -> None:
         check(op, draws_for(op, Case(4, 17, 3, 40, time="lengths+reset"), dtype), target, seed, regime="cell")
 
 
-@pytest.mark.parametrize("fields", [{"regime": "cluster", "build": 0}, {"regime": "cluster", "build": 5}], ids=str)
+BUSY = [{"regime": "cluster", "build": build} for build in BUILDS] + [{"regime": "grid", "build": n} for n in (1, 2)]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        pytest.param(fields, marks=() if fields["build"] in QUICK_BUILDS else pytest.mark.full, id=str(fields))
+        for fields in BUSY
+    ],
+)
 def test_no_bank_conflicts(fields: dict[str, Any], seed: int) -> None:
     """No warp reads or writes shared memory in more turns than its words fill the banks."""
     traffic = Traffic()

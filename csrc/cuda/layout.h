@@ -147,8 +147,11 @@ struct ClusterShape {
   }
   FASTSEQ_HOST_DEVICE constexpr int dgates_pitch() const { return kGates * units() + kHalfPad; }
   FASTSEQ_HOST_DEVICE constexpr int dgates_at(int row, int k) const { return row * dgates_pitch() + k; }
+  // Four units one after the other, eight rows of each, are in 32 banks: of 16 rows every other pair of units has the
+  // second half first.
   FASTSEQ_HOST_DEVICE constexpr int arrived_at(int buffer, int sender, int unit, int row) const {
-    return ((buffer * blocks + sender) * units() + unit) * rows() + row;
+    const int place = row ^ (unit / 2 % 2 * (rows() - kTileRows));
+    return ((buffer * blocks + sender) * units() + unit) * rows() + place;
   }
 };
 

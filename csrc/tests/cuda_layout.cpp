@@ -206,8 +206,7 @@ void check_backward(const ClusterShape& s) {
       c.insert(s.c_at(0, row, unit) % 32);
       sums.insert(s.arrived_at(0, 0, unit, row) % 32);
     }
-    require(gates.size() == 32 && c.size() == 32, "cells of the backward meet in a bank", s);
-    require(sums.size() == at(32 / s.batch_tiles), "shares meet in a bank more than they must", s);
+    require(gates.size() == 32 && c.size() == 32 && sums.size() == 32, "cells of the backward meet in a bank", s);
   }
   for (int matrix = 0; matrix < 4; ++matrix) {
     std::set<int> banks;
