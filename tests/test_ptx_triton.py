@@ -15,7 +15,7 @@ import pytest
 import torch
 from clustering_cases import Case as Points
 from clustering_cases import inputs_of as points_of
-from ptx import Fault
+from ptx import Fault, Traffic
 from recurrence_cases import Case, draws_for, inputs_of, with_options
 
 pytest.importorskip("triton", reason="triton is not installed (it is optional)")
@@ -112,6 +112,17 @@ def test_random_shapes_on_random_chips(capability: int, seed: int, monkeypatch: 
                 assert_matches_reference(op, few, implementation="triton", seed=seed)
         except (AssertionError, Fault) as error:
             raise AssertionError(f"{op} {case} {dtype} {chip} {fields}: {error}") from None
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_no_bank_conflicts_in_the_resident_regime(op: str, seed: int) -> None:
+    """No warp reads or writes shared memory in more turns than its words fill the banks."""
+    traffic = Traffic()
+    with plan.override(regime="resident"), compiled_launches("sm_90", seed, traffic=traffic):
+        given = inputs_of(Case(2, 16, 3, 128), OPS[op], torch.bfloat16)
+        assert_matches_reference(op, given, implementation="triton", seed=seed)
+    assert traffic.total().fewest > 1000
+    assert not traffic.conflicts()
 
 
 CLUSTERING = (

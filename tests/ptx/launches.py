@@ -75,6 +75,5 @@ def run_launch(launch: Launch, target: str, seed: int, spoil: Spoil | None, traf
     blocks = (*launch.plan.grid, 1, 1)[:3]
     grid = Grid(blocks, 32 * launch.plan.warps, compiled.metadata.shared, cooperative=launch.plan.cooperative)
     text = compiled.asm["ptx"]
-    run(
-        program(spoil(text) if spoil else text, compiled.metadata.name), grid, parameters, dict(memories.values()), seed
-    )
+    made = program(spoil(text) if spoil else text, compiled.metadata.name)
+    run(made, grid, parameters, dict(memories.values()), seed, traffic)
