@@ -163,37 +163,6 @@ def state_chunk(rows, rows_ok, START: tl.constexpr, BOUND: tl.constexpr, KC: tl.
 
 
 @triton.jit
-def sum_of_warps(acc, W: tl.constexpr, BB: tl.constexpr, N: tl.constexpr):
-    """[BB, N]: the sum of ``acc [W, BB, N]`` over its warps' parts, by pairs, so that the order is always the same.
-
-    For ``tl.sum`` the compiler has the warps' numbers side by side in shared memory, where a warp writes its own to the
-    same bank eight times. To split a tensor it brings what is split into one thread, by a way through shared memory
-    that meets no bank twice, once for all halvings; the sums are then that thread's own.
-    """
-    if W == 8:
-        low, high = tl.split(tl.reshape(tl.trans(acc, (1, 2, 0)), (BB, N, 2, 2, 2)))
-        total = halves_added(low) + halves_added(high)
-    elif W == 4:
-        total = halves_added(tl.reshape(tl.trans(acc, (1, 2, 0)), (BB, N, 2, 2)))
-    elif W == 2:
-        low, high = tl.split(tl.trans(acc, (1, 2, 0)))
-        total = low + high
-    else:
-        tl.static_assert(W == 1)
-        total = tl.reshape(acc, (BB, N))
-    return total
-
-
-@triton.jit
-def halves_added(x):
-    """The sum over the last two dimensions, of two each."""
-    low, high = tl.split(x)
-    a, b = tl.split(low)
-    c, d = tl.split(high)
-    return (a + b) + (c + d)
-
-
-@triton.jit
 def recurrent_product(
     rows,
     rows_ok,
@@ -258,7 +227,7 @@ def recurrent_product(
                 other=0.0,
             )
             acc = tl.dot(chunk, weights, acc, input_precision=PRECISION)
-    return sum_of_warps(acc, W, BB, N)
+    return tl.sum(acc, axis=0)
 
 
 @triton.jit
