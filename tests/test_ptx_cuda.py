@@ -51,6 +51,11 @@ def check(
     return len(ran)
 
 
+def given_of(case: Case, dtype: torch.dtype) -> Any:
+    """Several draws of what has few numbers, which the reference may all have right by luck."""
+    return draws_for("lstm", case, dtype)[:32] if case.B * case.H < 100 else inputs_of(case, 4, dtype)
+
+
 @pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize("build", QUICK_BUILDS)
 def test_the_cluster(build: int, seed: int) -> None:
@@ -91,7 +96,7 @@ def test_every_build_of_the_cluster(build: int, dtype: torch.dtype, target: str,
         Case(1, 1, 1, 1),
         Case(2, 3, 2, 256),
     ):
-        check("lstm", inputs_of(case, 4, dtype), target, seed, regime="cluster", build=build)
+        check("lstm", given_of(case, dtype), target, seed, regime="cluster", build=build)
 
 
 @pytest.mark.full
@@ -105,7 +110,7 @@ def test_corners_of_the_grid(groups: int, dtype: torch.dtype, target: str, seed:
         Case(9, 9, 4, 72, reverse=True, time="lengths+reset", bias="ih"),
         Case(1, 1, 1, 1),
     ):
-        check("lstm", inputs_of(case, 4, dtype), target, seed, regime="grid", build=groups)
+        check("lstm", given_of(case, dtype), target, seed, regime="grid", build=groups)
 
 
 @pytest.mark.full
