@@ -13,7 +13,7 @@ import os
 import shutil
 import subprocess
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -31,6 +31,7 @@ CUDA_SOURCES = {
 #: What a C++ compiler compiles beside it.
 HOST_SOURCES = (CSRC / "bindings_cuda.cpp", CUDA / "launch.cpp")
 EMULATOR_SOURCES = tuple(sorted((CUDA / "emulated").glob("*.cpp")))
+DEVICE_FLAGS = ("-std=c++17", "-O3", f"-I{CSRC}")
 HOST_FLAGS = ("-std=c++17", "-Wall", "-Wextra", "-fPIC", "-fvisibility=hidden", f"-I{CSRC}")
 EMULATOR = "_cuda_emulated"
 EMULATOR_FLAGS = ("-O1", "-DFASTSEQ_CUDA_EMULATED")
@@ -66,12 +67,12 @@ def nvcc_command(compiler: str, source: Path, output: Path, targets: Sequence[st
     codes = [f"-gencode=arch={target.replace('sm', 'compute')},code={target}" for target in targets]
     strict = ["-Werror", "all-warnings", "-Xcompiler", "-Werror"] if werror else []
     host = ["-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall,-Wextra"]
-    return [compiler, "-std=c++17", "-O3", *codes, f"-I{CSRC}", *host, *strict, "-c", str(source), "-o", str(output)]
+    return [compiler, *DEVICE_FLAGS, *codes, *host, *strict, "-c", str(source), "-o", str(output)]
 
 
 def ptx_command(compiler: str, source: Path, output: Path, target: str) -> list[str]:
     """The command that compiles one file for one target as far as its PTX."""
-    return [compiler, "-std=c++17", "-O3", f"-arch={target}", f"-I{CSRC}", "-ptx", str(source), "-o", str(output)]
+    return [compiler, *DEVICE_FLAGS, f"-arch={target}", "-ptx", str(source), "-o", str(output)]
 
 
 def host_command(source: Path, output: Path, module: str, flags: Sequence[str]) -> list[str]:
@@ -123,13 +124,18 @@ def alone(folder: Path) -> Iterator[None]:
         yield
 
 
+def digest_of(sources: Iterable[Path], also: str) -> str:
+    """Names what is built of these sources and all headers, by the commands in this file, and what else it hangs on."""
+    digest = hashlib.sha256(Path(__file__).read_bytes() + also.encode())
+    for path in sorted((*CUDA.rglob("*.h"), *sources)):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
 def build_emulator(folder: Path) -> Path:
     """The extension as an emulator of the GPU, in a folder named after its sources, built where it is not there yet."""
     sources = (*HOST_SOURCES, *EMULATOR_SOURCES, *(path for path in CUDA_SOURCES if path.name != "facts.cu"))
-    digest = hashlib.sha256(Path(__file__).read_bytes() + pybind11.__version__.encode())
-    for path in sorted((*CUDA.rglob("*.h"), *sources)):
-        digest.update(path.read_bytes())
-    folder = folder / digest.hexdigest()[:16]
+    folder = folder / digest_of(sources, pybind11.__version__)
     module = folder / f"{EMULATOR}{sysconfig.get_config_var('EXT_SUFFIX')}"
     with alone(folder):
         if not module.exists():

@@ -13,6 +13,11 @@ import numpy as np
 GRAIN = 2
 
 
+def merged(known: np.ndarray | None, passed: np.ndarray) -> np.ndarray:
+    """What who knew this, or nothing, knows when that is passed on."""
+    return passed if known is None else np.maximum(known, passed)
+
+
 class Clocks:
     """What the warps of a launch know of each other."""
 

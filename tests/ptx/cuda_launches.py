@@ -7,7 +7,6 @@ takes over.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import subprocess
 from collections.abc import Iterator
 from functools import cache
@@ -33,10 +32,7 @@ FOLDER = Path(__file__).resolve().parents[2] / "build" / "ptx"
 @cache
 def _compiled(target: str) -> dict[str, str]:
     """The PTX of every source by the names of its kernels."""
-    digest = hashlib.sha256(target.encode() + Path(cuda_build.__file__).read_bytes())
-    for path in sorted((*cuda_build.CUDA.rglob("*.h"), *cuda_build.CUDA_SOURCES)):
-        digest.update(path.read_bytes())
-    folder = FOLDER / digest.hexdigest()[:16]
+    folder = FOLDER / cuda_build.digest_of(cuda_build.CUDA_SOURCES, target)
     with cuda_build.alone(folder):
         wanted = {path: folder / f"{path.stem}.ptx" for path, to in cuda_build.CUDA_SOURCES.items() if target in to}
         missing = {path: made for path, made in wanted.items() if not made.exists()}
@@ -82,8 +78,7 @@ def compiled_kernels(
         name = _names(str(module.__file__))[place]
         grid = Grid((blocks, 1, 1), threads, shared, cluster, cooperative)
         memories = {f"tensor at {base:#x}": memory for base, memory in known.items()}
-        text = _compiled(target)[name]
-        run(program(spoil(text) if spoil else text, name), grid, parameters, memories, seed + len(ran), traffic)
+        run(program(_compiled(target)[name], name, spoil), grid, parameters, memories, seed + len(ran), traffic)
         ran.append((name, grid))
 
     row: Any = steps.row

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import struct
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
@@ -23,10 +25,26 @@ from ptx.traffic import Traffic
 Spoil = Callable[[str], str]
 
 
-@cache
-def program(text: str, name: str) -> Program:
+@dataclass
+class Replaced:
+    """Puts ``instead`` where a pattern matches, and counts how often."""
+
+    pattern: str
+    instead: str
+    count: int = 0
+
+    def __call__(self, text: str) -> str:
+        text, count = re.subn(self.pattern, self.instead, text)
+        self.count += count
+        return text
+
+
+_parsed = cache(parse)
+
+
+def program(text: str, name: str, spoil: Spoil | None) -> Program:
     """The kernel of that name of a file, read once."""
-    return parse(text, name)
+    return _parsed(spoil(text) if spoil else text, name)
 
 
 def memory_of(tensor: Tensor) -> tuple[int, np.ndarray]:
@@ -74,6 +92,5 @@ def run_launch(launch: Launch, target: str, seed: int, spoil: Spoil | None, traf
     parameters += b"\0" * (-len(parameters) % 8 + 16)
     blocks = (*launch.plan.grid, 1, 1)[:3]
     grid = Grid(blocks, 32 * launch.plan.warps, compiled.metadata.shared, cooperative=launch.plan.cooperative)
-    text = compiled.asm["ptx"]
-    made = program(spoil(text) if spoil else text, compiled.metadata.name)
+    made = program(compiled.asm["ptx"], compiled.metadata.name, spoil)
     run(made, grid, parameters, dict(memories.values()), seed, traffic)

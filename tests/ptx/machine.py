@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ptx import arithmetic, matrix, transfers
-from ptx.clocks import Clocks
+from ptx.clocks import Clocks, merged
 from ptx.memory import Fault, Memory, Region
 from ptx.program import Immediate, Instruction, Program, Symbol
 from ptx.threads import LANES, Lanes, Threads, reader
@@ -57,27 +57,21 @@ class CopyBarrier:
         """One arrival, which tells of bytes to come."""
         self.missing += length
         self.arrived += 1
-        self._tell(seen)
+        self.seen = merged(self.seen, seen)
         self._open()
 
-    def ask(self, parity: int) -> bool:
-        """Somebody asks for the end of the phase of that parity; the late copies come after some times. Whether they
-        came."""
-        if self.phase % 2 != parity:
-            return False
+    def ask(self) -> bool:
+        """Somebody asks for the end of the phase in vain; the late copies come after some times. Whether they came."""
         self.asked += 1
         if self.asked <= _LATE or not self.copies:
             return False
         for finish in self.copies:
             length, passed = finish()
             self.missing -= length
-            self._tell(passed)
+            self.seen = merged(self.seen, passed)
         self.copies.clear()
         self._open()
         return True
-
-    def _tell(self, seen: np.ndarray) -> None:
-        self.seen = seen if self.seen is None else np.maximum(self.seen, seen)
 
     def _open(self) -> None:
         if self.arrived == self.expected and self.missing == 0:
@@ -120,7 +114,7 @@ class Block(Threads):
         self.base = _SHARED + max(program.shared.values(), default=16)
         special |= dict.fromkeys(program.shared, self.base)
         super().__init__(size, program.registers, special)
-        self.machine, self.cluster, self.rank, self.number = machine, cluster, rank, number
+        self.machine, self.cluster, self.number = machine, cluster, number
         warps = -(-size // LANES)
         self.warp = self.warp + number * warps
         self.engine = machine.warps + number  # the copy engine counts as a warp
@@ -140,10 +134,6 @@ class Block(Threads):
         self.place = 0  # of the instruction that is done now
 
     # What instructions ask for.
-
-    def warps_of(self, lanes: Lanes) -> np.ndarray:
-        """The warp of each thread, among all of the launch."""
-        return self.warp if lanes is None else self.warp[lanes]
 
     def _regions(self, space: str, addresses: np.ndarray) -> list[tuple[Region, Any, np.ndarray]]:
         if space == "global":
@@ -209,7 +199,7 @@ class Block(Threads):
         """Whether the phase of that parity has ended, after which these warps have seen what came before its end."""
         barrier, machine = self.copy_barrier(place), self.machine
         if barrier.phase % 2 == parity:
-            machine.progress += barrier.ask(parity)
+            machine.progress += barrier.ask()
             return False
         if barrier.before is not None:
             for warp in warps:
@@ -245,18 +235,15 @@ class Block(Threads):
             with_them = self.groups.get(place)
             self.groups[place] = lanes if with_them is None else np.union1d(with_them, lanes)
 
-    def turn(self) -> bool:
-        """Some instructions; whether there were any to do."""
+    def turn(self) -> None:
+        """Some instructions, if there are any to do."""
         self._leave_cluster_barrier()
-        if not self.groups:
-            return False
         left = TURN
         self.yields = False
         while self.groups and left > 0 and not self.yields:
             place = min(self.groups)
             lanes = self.groups.pop(place)
             left -= self._straight(place, lanes, left)
-        return True
 
     def _straight(self, place: int, threads: np.ndarray, limit: int) -> int:
         """From one place on until a branch, a barrier or others on the way; how many instructions it were."""
@@ -278,11 +265,7 @@ class Block(Threads):
                     active = threads[mask]
             if kind is None:
                 if mask is None or mask.any():
-                    try:
-                        run(self, active)
-                    except (Fault, ValueError, ZeroDivisionError) as fault:
-                        text = self.machine.program.instructions[place].text
-                        raise Fault(f"block {self.number}, instruction {place}, {text}: {fault}") from fault
+                    self._do(run, active)
                 place += 1
                 continue
             if mask is not None and not mask.all():
@@ -291,6 +274,14 @@ class Block(Threads):
             if len(threads):
                 kind(self, place, threads)
             return done
+
+    def _do(self, run: Callable[[Block, Lanes], None], lanes: Lanes) -> None:
+        """The instruction at ``place``; a fault says where it is."""
+        try:
+            run(self, lanes)
+        except (Fault, ValueError, ZeroDivisionError) as fault:
+            text = self.machine.program.instructions[self.place].text
+            raise Fault(f"block {self.number}, instruction {self.place}, {text}: {fault}") from fault
 
     def branch(self, place: int, threads: np.ndarray) -> None:
         """To where the label is."""
@@ -331,11 +322,7 @@ class Block(Threads):
             return
         run = self.machine.code[place][1]
         if run is not None:
-            try:
-                run(self, None if len(threads) == self.count else threads)
-            except (Fault, ValueError) as fault:
-                text = self.machine.program.instructions[place].text
-                raise Fault(f"block {self.number}, instruction {place}, {text}: {fault}") from fault
+            self._do(run, None if len(threads) == self.count else threads)
         self.add(place + 1, threads)
 
     def block_barrier(self, place: int, threads: np.ndarray) -> None:
@@ -373,8 +360,7 @@ class Block(Threads):
             return
         cluster, clocks = self.cluster, self.machine.clocks
         for warp in np.unique(self.warp[threads]):
-            passed = clocks.release(int(warp))
-            cluster.seen = passed if cluster.seen is None else np.maximum(cluster.seen, passed)
+            cluster.seen = merged(cluster.seen, clocks.release(int(warp)))
         self.arrivals[threads] += 1
         cluster.arrived += len(threads)
         self.machine.progress += 1
@@ -496,8 +482,7 @@ class Machine:
             if acquire:
                 self.clocks.acquire(warp, passed)
             else:
-                known = self.listened.get(warp)
-                self.listened[warp] = passed if known is None else np.maximum(known, passed)
+                self.listened[warp] = merged(self.listened.get(warp), passed)
 
     def fence(self, warp: int) -> None:
         """What this warp has heard counts from here."""
@@ -507,12 +492,9 @@ class Machine:
 
     def tell(self, address: int, warp: int, *, release: bool, keep: bool) -> None:
         """A signal; ``keep`` what others have released by it before."""
-        before = self.released.pop(address, None) if keep else None
-        if not keep:
-            self.released.pop(address, None)
+        before = self.released.pop(address, None)
         if release:
-            passed = self.clocks.release(warp)
-            self.released[address] = passed if before is None else np.maximum(before, passed)
+            self.released[address] = merged(before if keep else None, self.clocks.release(warp))
 
     def expect_unwritten(self, addresses: np.ndarray, each: int) -> None:
         """Raises a Fault where this launch has written what a load takes for constant."""

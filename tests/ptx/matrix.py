@@ -78,8 +78,7 @@ def move_matrices(instruction: Instruction) -> Run:
         return rows(threads, lanes).reshape(-1, LANES)[:, : 8 * count].ravel()
 
     def warps(threads: Threads, lanes: Lanes) -> np.ndarray:
-        own = threads.warp if lanes is None else threads.warp[lanes]
-        return own.reshape(-1, LANES)[:, : 8 * count].ravel()
+        return threads.warps_of(lanes).reshape(-1, LANES)[:, : 8 * count].ravel()
 
     def load(threads: Threads, lanes: Lanes) -> None:
         found = threads.shared_load(addresses(threads, lanes), 16, warps(threads, lanes))

@@ -62,6 +62,10 @@ class Threads:
         """``values [n, each]`` bytes into it."""
         raise NotImplementedError
 
+    def warps_of(self, lanes: Lanes) -> np.ndarray:
+        """The warp of each thread, among all of the launch."""
+        return self.warp if lanes is None else self.warp[lanes]
+
     def size(self, lanes: Lanes) -> int:
         """How many threads these are."""
         return self.count if lanes is None else len(lanes)
